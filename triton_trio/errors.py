@@ -1,0 +1,67 @@
+"""The errors a client can meet, and how they map to gRPC.
+
+One tree under :class:`TritonError`, one class per code of Triton's C API (``TRITONSERVER_Error_Code``).  Message texts
+that clients match on are Triton's own.  An error says what is wrong, where, and what to change; it never carries a
+traceback to the wire.
+
+Cancellation is not an error here: inside the server it is ``trio.Cancelled``.  :class:`RequestCancelled` exists for the
+caller who is *still there* when somebody else cancelled the request (an operator, another member of its sequence).
+"""
+
+from __future__ import annotations
+
+from grpclib.const import Status
+
+
+class TritonError(Exception):
+    """A request, load or lookup that failed for a reason the caller should read."""
+
+    code = "UNKNOWN"
+    status = Status.UNKNOWN
+
+    @property
+    def message(self) -> str:
+        return str(self)
+
+
+class InternalError(TritonError):
+    code, status = "INTERNAL", Status.INTERNAL
+
+
+class NotFound(TritonError):
+    code, status = "NOT_FOUND", Status.NOT_FOUND
+
+
+class InvalidArgument(TritonError):
+    code, status = "INVALID_ARG", Status.INVALID_ARGUMENT
+
+
+class Unavailable(TritonError):
+    code, status = "UNAVAILABLE", Status.UNAVAILABLE
+
+
+class Unsupported(TritonError):
+    code, status = "UNSUPPORTED", Status.UNIMPLEMENTED
+
+
+class AlreadyExists(TritonError):
+    code, status = "ALREADY_EXISTS", Status.ALREADY_EXISTS
+
+
+class RequestCancelled(TritonError):
+    """Somebody other than the caller cancelled the request; the message names the reason and is never empty.
+
+    Triton's CANCELLED has an empty message, which its own clients read as success inside a stream.
+    """
+
+    code, status = "CANCELLED", Status.CANCELLED
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class DeadlineExceeded(TritonError):
+    """The request's own deadline passed (``grpc-timeout``)."""
+
+    code, status = "UNAVAILABLE", Status.DEADLINE_EXCEEDED
