@@ -21,7 +21,11 @@ class TritonError(Exception):
 
     @property
     def message(self) -> str:
-        return str(self)
+        """What a client reads."""
+        return str(self.args[0]) if self.args else self.code
+
+    def __str__(self) -> str:
+        return self.message
 
 
 class InternalError(TritonError):
@@ -57,7 +61,7 @@ class RequestCancelled(TritonError):
     code, status = "CANCELLED", Status.CANCELLED
 
     def __init__(self, message: str, reason: str) -> None:
-        super().__init__(message)
+        super().__init__(message, reason)
         self.reason = reason
 
 

@@ -1,0 +1,86 @@
+"""What a backend is: three abstract classes, one for each thing with a life of its own.
+
+``Backend`` (one per server) opens models, ``BackendModel`` (one per loaded version) opens instances, ``BackendInstance``
+executes one batch at a time.  Models and instances are async context managers: what they acquire is released by leaving
+the block, whether the load finished, failed or was cancelled.
+
+A backend knows nothing of gRPC, queues or other requests.  It gets a :class:`~triton_trio.batch.Batch`, answers members
+with ``respond`` / ``send`` / ``finish`` / ``fail``, and puts ``await batch.checkpoint()`` where it can let go.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..batch import Batch
+    from ..config import ModelConfig
+
+
+@dataclass(frozen=True, slots=True)
+class ModelContext:
+    """What a backend needs to open one version of a model."""
+
+    config: ModelConfig
+    version: int
+    model_directory: Path  #: holds config.pbtxt and the version directories
+    version_directory: Path  #: ``model_directory / str(version)``
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """Where an instance runs."""
+
+    name: str  #: ``<group>_<index>``, as Triton names instances
+    kind: str  #: ``KIND_CPU`` or ``KIND_GPU`` (AUTO is resolved by the backend)
+    device: int  #: index among the devices of that kind
+
+
+class BackendInstance(ABC):
+    """Executes batches, one at a time, in the instance's own task."""
+
+    @abstractmethod
+    async def execute(self, batch: Batch) -> None:
+        """Serve every live member of ``batch``; a member left without a final response is failed by the caller.
+
+        An exception fails all members that are still live, with INTERNAL and its text.
+
+        **Cancellation:** raised when the last member has left or the model is unloaded.  When the exception has
+        passed through, the device must be idle for this batch and its memory free: a backend whose device runs on
+        waits for it here, and the server's watchdog bounds that wait with :meth:`abandon`.
+        """
+
+    def abandon(self) -> None:
+        """The device did not let go within the release limit: make :meth:`execute` return now, whatever is lost.
+
+        Called at most once; the instance is quarantined and gets no more work.  The default has nothing to do:
+        an ``execute`` that waits only at Trio checkpoints always lets go.
+        """
+        return
+
+
+class BackendModel(ABC):
+    """One loaded version of a model."""
+
+    @abstractmethod
+    def open_instance(self, placement: Placement) -> AbstractAsyncContextManager[BackendInstance]:
+        """Make an instance; leaving the block releases its device."""
+
+
+class Backend(ABC):
+    """A kind of model, by the name that ``backend:`` has in config.pbtxt."""
+
+    def auto_complete(self, config: ModelConfig, model_directory: Path) -> ModelConfig:
+        """Fill in what the model's files tell (inputs, outputs, batch size); sync and cheap.  Default: nothing."""
+        return config
+
+    @abstractmethod
+    def open_model(self, context: ModelContext) -> AbstractAsyncContextManager[BackendModel]:
+        """Load; leaving the block frees everything.
+
+        **Cancellation:** a load is cancellable between its stages; a cancelled load leaves nothing behind.
+        """

@@ -1,0 +1,289 @@
+"""A batch: the requests of one execution, and everything a backend may do to them.
+
+A :class:`Batch` is formed synchronously, when an instance is in hand, from requests that are alive at that moment.  It
+is the *place* of its requests: a cancelled request leaves through :meth:`Batch.leave` and nothing is raised in the
+execution.  The backend sees who has left at its own checkpoints (:attr:`Member.live`), stops spending device time on
+their rows, and says so with :meth:`Member.release`; survivors get bit for bit what they would have got.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import trio
+
+from .errors import InternalError, TritonError
+from .lifecycle import Event
+from .request import InferenceRequest, InferenceResponse, ParameterValue
+from .scopes import BatchScope, Reason
+
+if TYPE_CHECKING:
+    from .request import Array
+
+#: Hands an action on a request over to whoever decides when responses go out (``preserve_ordering``).
+Hand = Callable[[InferenceRequest, Callable[[], None]], None]
+
+
+class Member:
+    """One request's part in a batch: its inputs, its rows ``[start, stop)``, and whether anybody still wants them."""
+
+    __slots__ = (
+        "batch",
+        "left_at",
+        "released_at",
+        "request",
+        "served",
+        "start",
+        "steps_after_cancel",
+        "stop",
+    )
+
+    def __init__(self, batch: Batch, request: InferenceRequest, start: int) -> None:
+        self.batch = batch
+        self.request = request
+        self.start = start
+        self.stop = start + request.batch_size
+        self.served = False
+        self.left_at: float | None = None
+        self.released_at: float | None = None
+        #: Device steps dispatched or finished for this member after it was cancelled; the backend counts them.
+        self.steps_after_cancel = 0
+
+    def __repr__(self) -> str:
+        state = "served" if self.served else "live" if self.live else "left"
+        return f"<Member rows {self.start}:{self.stop} of {self.request!r} {state}>"
+
+    @property
+    def inputs(self) -> Mapping[str, Array]:
+        """Arrays by tensor name; with a batching model the first dimension has ``stop - start`` rows."""
+        return self.request.inputs
+
+    @property
+    def live(self) -> bool:
+        """True while the request waits for (more of) its result."""
+        return not self.served and self.left_at is None
+
+    @property
+    def can_send(self) -> bool:
+        """False while the reader is behind: leave this row out of the next step instead of buffering for it."""
+        return self.request.can_send
+
+    def release(self) -> None:
+        """The device holds nothing for this member any more.  Idempotent; the instance calls it at the latest."""
+        if self.released_at is None:
+            self.released_at = trio.current_time()
+            self.batch.on_released(self)
+
+
+class Batch:
+    """The members of one execution.
+
+    Args:
+      requests: alive, in queue order; all of one shape signature.
+      name: the instance's name, for messages.
+      decoupled: whether a member may have any number of responses.
+      output_names: the model's outputs, to say what is missing.
+      hand: gets every response and failure to pass on, in preserve_ordering's order; None passes them on at once.
+      on_released: told when a member's device resources are free.
+    """
+
+    __slots__ = (
+        "_by_request",
+        "_hand",
+        "_output_names",
+        "compute_infer_at",
+        "compute_output_at",
+        "decoupled",
+        "device_seconds",
+        "formed_at",
+        "members",
+        "name",
+        "on_released",
+        "rows",
+        "scope",
+    )
+
+    def __init__(
+        self,
+        requests: Sequence[InferenceRequest],
+        *,
+        name: str = "",
+        decoupled: bool = False,
+        output_names: Sequence[str] = (),
+        hand: Hand | None = None,
+        on_released: Callable[[Member], None] = lambda member: None,
+    ) -> None:
+        self.name = name
+        self.decoupled = decoupled
+        self.on_released = on_released
+        self._output_names = output_names
+        self._hand = hand
+        self.formed_at = trio.current_time()
+        #: Set by the backend when inputs are on the device / results start to come back; for the statistics.
+        self.compute_infer_at = 0.0
+        self.compute_output_at = 0.0
+        self.device_seconds = 0.0
+        members = []
+        rows = 0
+        for request in requests:
+            member = Member(self, request, rows)
+            rows = member.stop
+            members.append(member)
+            request.place = self
+            request.bound_at = self.formed_at
+            request.advance(Event.BIND)
+        self.members = tuple(members)
+        self.rows = rows
+        self._by_request = dict(zip(requests, members, strict=True))
+        self.scope: BatchScope[InferenceRequest] = BatchScope(requests)
+
+    def __repr__(self) -> str:
+        return f"<Batch {self.name} {len(self.scope)}/{len(self.members)} live, {self.rows} rows>"
+
+    def live(self) -> Iterator[Member]:
+        """Members who still want their result, in row order."""
+        return (member for member in self.members if member.live)
+
+    def stack(self, name: str) -> Array:
+        """The input ``name`` of all members, concatenated along the batch dimension (shape ``[rows, ...]``)."""
+        if len(self.members) == 1:
+            return self.members[0].inputs[name]
+        return np.concatenate([member.inputs[name] for member in self.members])
+
+    # A member's cancel comes in here, from the abort function of its own task
+
+    def leave(self, request: InferenceRequest, reason: Reason) -> None:
+        member = self._by_request.get(request)
+        if member is None or not member.live:
+            return
+        member.left_at = trio.current_time()
+        self.scope.leave(request, reason)
+
+    # The backend's side
+
+    async def checkpoint(self) -> None:
+        """The explicit place to let go: other tasks run, and cancels that have arrived are visible afterwards.
+
+        **Cancellation:** raises ``Cancelled`` if every member has left (or the model is being unloaded); otherwise
+        members that left meanwhile are no longer :attr:`Member.live`.
+        """
+        await trio.lowlevel.checkpoint()
+
+    def respond(
+        self,
+        member: Member,
+        outputs: Mapping[str, Array],
+        *,
+        final: bool = True,
+        parameters: Mapping[str, ParameterValue] | None = None,
+    ) -> None:
+        """Send ``outputs`` to ``member``; by default its last response.  Silent for a member who has left.
+
+        Non-decoupled models call it once a member.  A decoupled model asks :attr:`Member.can_send` first, or uses
+        :meth:`send`.
+        """
+        if not member.live:
+            return
+        request = member.request
+        if wanted := request.requested_outputs:
+            try:
+                outputs = {name: outputs[name] for name in wanted}
+            except KeyError as exc:
+                self.fail(
+                    member,
+                    InternalError(
+                        f"{request.label}model '{request.model_name}' produced no output {exc} that the request asks for"
+                    ),
+                )
+                return
+        elif not self.decoupled and len(outputs) < len(self._output_names):
+            missing = ", ".join(f"'{name}'" for name in self._output_names if name not in outputs)
+            self.fail(
+                member,
+                InternalError(
+                    f"{request.label}model '{request.model_name}' did not produce output {missing}"
+                ),
+            )
+            return
+        self._deliver(member, outputs, final, parameters)
+
+    async def send(self, member: Member, outputs: Mapping[str, Array], *, final: bool = False) -> None:
+        """Send one response of a decoupled model, waiting while the reader is behind.
+
+        **Cancellation:** a checkpoint of the execution; if the reader is cancelled while we wait, the response is
+        dropped and nothing is raised here unless it was the last member.
+        """
+        if member.live and not member.request.can_send:
+            await member.request.wait_can_send()
+        else:
+            await trio.lowlevel.checkpoint()
+        self.respond(member, outputs, final=final)
+
+    def finish(self, member: Member) -> None:
+        """End a decoupled member's responses with an empty final one."""
+        if member.live:
+            self._deliver(member, {}, True, None)
+
+    def fail(self, member: Member, error: TritonError) -> None:
+        """End one member with an error; its neighbours do not notice."""
+        if not member.live:
+            return
+        self._serve(member)
+        request = member.request
+        if self._hand is None:
+            request.fail_nowait(error)
+        else:
+            kind, args = type(error), error.args
+            self._hand(request, lambda: request.fail_nowait(kind(*args)))
+
+    async def wait_can_send(self) -> None:
+        """Wait until at least one live member's reader has caught up.
+
+        **Cancellation:** a checkpoint of the execution; nothing is left behind.
+        """
+        live = tuple(self.live())
+        if any(member.can_send for member in live) or not live:
+            await trio.lowlevel.checkpoint()
+            return
+        async with trio.open_nursery() as nursery:
+
+            async def wait(member: Member) -> None:
+                await member.request.wait_can_send()
+                nursery.cancel_scope.cancel(reason="a reader caught up")
+
+            for member in live:
+                # Owner: this nursery; the first reader to catch up cancels the others.
+                nursery.start_soon(wait, member, name=f"reader of request #{member.request.generation}")
+
+    # Inside
+
+    def _deliver(
+        self,
+        member: Member,
+        outputs: Mapping[str, Array],
+        final: bool,
+        parameters: Mapping[str, ParameterValue] | None,
+    ) -> None:
+        request = member.request
+        response = InferenceResponse(
+            outputs,
+            model_name=request.model_name,
+            model_version=request.model_version,
+            request_id=request.request_id,
+            parameters=parameters,
+            final=final,
+        )
+        if final:
+            self._serve(member)
+        if self._hand is None:
+            request.deliver_nowait(response)
+        else:
+            self._hand(request, lambda: request.deliver_nowait(response))
+
+    def _serve(self, member: Member) -> None:
+        # Served members leave without being counted as leavers: finishing is not a reason to cancel the rest.
+        member.served = True
+        self.scope.discard(member.request)
+        member.request.place = None

@@ -1,0 +1,99 @@
+"""The vocabulary of cancellation: why a scope was cancelled, and who shares one.
+
+Nesting needs nothing from this file: a step inside a request, a request inside an RPC, an RPC inside a connection are
+plain Trio scopes.  What Trio does not have is a scope that belongs to several tasks in different branches of the tree.
+A request waits in one branch, the execution that serves it runs in another, and a small object joins them:
+
+:class:`BatchScope` ("all")
+    Members share one execution.  A member that is cancelled leaves; when the *last* one has left, the execution is
+    cancelled.  So one client can never stop a batch that another client still wants.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator
+from enum import StrEnum
+from typing import Generic, TypeVar
+
+import trio
+
+MemberT = TypeVar("MemberT", bound=Hashable)
+
+
+class Reason(StrEnum):
+    """Why a scope was cancelled.  A closed set: it labels log lines and metrics."""
+
+    CLIENT_RESET = "client_reset"  #: RST_STREAM: the client cancelled the call
+    CONNECTION_LOST = "connection_lost"  #: FIN, TCP reset, GOAWAY of a dying peer, keepalive timeout
+    DEADLINE = "deadline"  #: ``grpc-timeout``, or a deadline on the caller's scope, has passed
+    SEQUENCE_CANCELLED = "sequence_cancelled"  #: another request of the sequence was cancelled
+    ADMIN = "admin"  #: somebody asked the server to cancel it
+    SLOW_CONSUMER = "slow_consumer"  #: the client did not read its responses for the stall limit
+    MODEL_UNLOADING = "model_unloading"
+    SERVER_DRAIN = "server_drain"  #: the server's grace has ended
+    SIBLING_FAILED = "sibling_failed"  #: another step of the same ensemble failed
+    PROTOCOL_ERROR = "protocol_error"  #: the peer broke HTTP/2 on this stream
+    CALLER = "caller"  #: in-process: the Trio scope around the call was cancelled
+
+    @classmethod
+    def of(cls, exc: trio.Cancelled) -> Reason:
+        """The reason carried by a delivered ``Cancelled``; :attr:`CALLER` if whoever cancelled gave none of ours."""
+        if exc.source == "deadline":
+            return cls.DEADLINE
+        return _BY_VALUE.get(exc.reason or "", cls.CALLER)
+
+
+_BY_VALUE = {reason.value: reason for reason in Reason}
+
+
+class BatchScope(Generic[MemberT]):
+    """Joins the members of one shared piece of work to the scope it runs in: cancelled when the last has left.
+
+    The work runs as ``with batch_scope.cancel_scope: ...`` in a task of its own, never in a member's.  Members
+    :meth:`leave` (cancelled) or are :meth:`discard`-ed (served); both are synchronous, so membership can be decided
+    in a scheduler's function or in an abort function.
+
+    **Cancellation:** leaving never raises inside the work and never touches the other members.  After the last member
+    has left, the work sees an ordinary ``Cancelled`` at its next checkpoint, with the last leaver's reason.
+    """
+
+    __slots__ = ("_members", "cancel_scope")
+
+    def __init__(self, members: Iterable[MemberT] = ()) -> None:
+        self.cancel_scope = trio.CancelScope()
+        # A dict as an ordered set: iteration order is join order, membership is O(1).
+        self._members: dict[MemberT, None] = dict.fromkeys(members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[MemberT]:
+        return iter(tuple(self._members))
+
+    def __contains__(self, member: object) -> bool:
+        return member in self._members
+
+    def __repr__(self) -> str:
+        state = "cancelled" if self.cancel_scope.cancel_called else f"{len(self._members)} members"
+        return f"<BatchScope {state}>"
+
+    def join(self, member: MemberT) -> bool:
+        """Add ``member``; False if the work was already cancelled, and the member must start work of its own."""
+        if self.cancel_scope.cancel_called:
+            return False
+        self._members[member] = None
+        return True
+
+    def leave(self, member: MemberT, reason: Reason) -> bool:
+        """``member`` was cancelled; True if it was the last and the work has been cancelled.  Repeating is a no-op."""
+        if member not in self._members:
+            return False
+        del self._members[member]
+        if self._members:
+            return False
+        self.cancel_scope.cancel(reason=reason.value)
+        return True
+
+    def discard(self, member: MemberT) -> None:
+        """``member`` has got what it came for.  Never cancels: the work that served everybody ends by itself."""
+        self._members.pop(member, None)
