@@ -87,11 +87,13 @@ class Batch:
       output_names: the model's outputs, to say what is missing.
       hand: gets every response and failure to pass on, in preserve_ordering's order; None passes them on at once.
       on_released: told when a member's device resources are free.
+      on_abandoned: told when the last member has left and the execution has been cancelled.
     """
 
     __slots__ = (
         "_by_request",
         "_hand",
+        "_on_abandoned",
         "_output_names",
         "compute_infer_at",
         "compute_output_at",
@@ -114,10 +116,12 @@ class Batch:
         output_names: Sequence[str] = (),
         hand: Hand | None = None,
         on_released: Callable[[Member], None] = lambda member: None,
+        on_abandoned: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.name = name
         self.decoupled = decoupled
         self.on_released = on_released
+        self._on_abandoned = on_abandoned
         self._output_names = output_names
         self._hand = hand
         self.formed_at = trio.current_time()
@@ -159,7 +163,8 @@ class Batch:
         if member is None or not member.live:
             return
         member.left_at = trio.current_time()
-        self.scope.leave(request, reason)
+        if self.scope.leave(request, reason):
+            self._on_abandoned(self)
 
     # The backend's side
 
@@ -194,7 +199,7 @@ class Batch:
                 self.fail(
                     member,
                     InternalError(
-                        f"{request.label}model '{request.model_name}' produced no output {exc} that the request asks for"
+                        f"{request.label}model '{request.model_name}' did not produce requested output {exc}"
                     ),
                 )
                 return
@@ -202,9 +207,7 @@ class Batch:
             missing = ", ".join(f"'{name}'" for name in self._output_names if name not in outputs)
             self.fail(
                 member,
-                InternalError(
-                    f"{request.label}model '{request.model_name}' did not produce output {missing}"
-                ),
+                InternalError(f"{request.label}model '{request.model_name}' did not produce output {missing}"),
             )
             return
         self._deliver(member, outputs, final, parameters)

@@ -1,11 +1,11 @@
 """The life of a request: one table, in one file.
 
 Rule: every transition a request can make is in :data:`TRANSITIONS`, and :func:`advance` is the only way to make one.
-The diagram in ``docs/concepts/life-cycle.md``, the labels of metrics and log lines, and the tests all read this table, so
-a stage cannot be added without all of them changing.
+The diagram in ``docs/concepts/life-cycle.md``, the labels of metrics and log lines, and the tests all read this table,
+so a stage cannot be added without all of them changing.
 
-A request is in exactly one :class:`Stage` until it is settled; a settled request has exactly one :class:`Outcome` and
-never moves again.  ``cancel`` and ``expire`` are possible everywhere, because there is no place where a request can wait
+A request is in exactly one :class:`Stage` until it is settled; a settled request has exactly one :class:`Outcome`
+and never moves again.  ``cancel`` and ``expire`` are possible everywhere, because there is no place where a request can wait
 that is not inside its own scope.
 """
 

@@ -95,7 +95,6 @@ class InferenceRequest:
     __slots__ = (
         "_buffer",
         "_consumer",
-        "_decoupled",
         "_error",
         "_final_delivered",
         "_on_settled",
@@ -158,13 +157,12 @@ class InferenceRequest:
         self.first_response_at = 0.0
         self.ended_at = 0.0
 
-        self._decoupled = False
         self._buffer: deque[InferenceResponse] | None = None
         self._consumer: trio.lowlevel.Task | None = None
         self._senders: trio.lowlevel.ParkingLot | None = None
         self._error: tuple[type[TritonError], tuple[Any, ...]] | None = None
         self._final_delivered = False
-        self._on_settled: Callable[[InferenceRequest], None] | None = None
+        self._on_settled: Callable[[InferenceRequest, Place | None], None] | None = None
 
     def __repr__(self) -> str:
         life = self.stage.value if self.outcome is None else self.outcome.value
@@ -174,6 +172,17 @@ class InferenceRequest:
     def label(self) -> str:
         """The prefix Triton puts before its messages: ``[request id: 7] ``."""
         return f"[request id: {self.request_id or '<id_unknown>'}] "
+
+    def admit(
+        self, model_name: str, version: int, on_settled: Callable[[InferenceRequest, Place | None], None]
+    ) -> None:
+        """A model has taken the request: from here on it is counted, and ``on_settled`` is called exactly once."""
+        if self._on_settled is not None or self.outcome is not None:
+            raise ValueError(f"{self!r} was used before: make a new request for every inference")
+        self.model_name = model_name
+        self.model_version = version
+        self.received_at = trio.current_time()
+        self._on_settled = on_settled
 
     # Cancelling
 
@@ -217,7 +226,7 @@ class InferenceRequest:
         if self._senders is not None:
             self._senders.unpark_all()
         if self._on_settled is not None:
-            self._on_settled(self)
+            self._on_settled(self, place)
         return True
 
     # The model's side
@@ -342,15 +351,9 @@ class InferenceRequest:
         if reason is Reason.DEADLINE:
             return DeadlineExceeded(f"{self.label}deadline exceeded while {self.stage.value}")
         if reason in (Reason.MODEL_UNLOADING, Reason.SERVER_DRAIN):
-            what = (
-                "the model is being unloaded"
-                if reason is Reason.MODEL_UNLOADING
-                else "the server is shutting down"
-            )
+            what = "the model is being unloaded" if reason is Reason.MODEL_UNLOADING else "the server is shutting down"
             return Unavailable(f"{self.label}request cancelled while {self.stage.value}: {what}")
-        return RequestCancelled(
-            f"{self.label}request cancelled while {self.stage.value}: {reason.value}", reason.value
-        )
+        return RequestCancelled(f"{self.label}request cancelled while {self.stage.value}: {reason.value}", reason.value)
 
 
 def _find_cancelled(group: BaseExceptionGroup[BaseException]) -> trio.Cancelled | None:

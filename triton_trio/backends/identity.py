@@ -28,9 +28,7 @@ class IdentityInstance(BackendInstance):
             await trio.sleep(self._delay)
         for member in batch.members:
             inputs = member.inputs
-            batch.respond(
-                member, {out: inputs[name] for out, name in self._outputs.items() if name in inputs}
-            )
+            batch.respond(member, {out: inputs[name] for out, name in self._outputs.items() if name in inputs})
 
 
 class IdentityModel(BackendModel):

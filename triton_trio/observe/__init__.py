@@ -1,0 +1,3 @@
+"""What the operator sees: statistics, one log line for each cancelled request, the live tree of tasks."""
+
+from .tree import tree as tree

@@ -1,0 +1,175 @@
+"""A model instance: the task that takes a batch when its device is ready, and executes it in the batch's own scope.
+
+The execution is not a child of any request: a request that is cancelled leaves its batch, and only when the last has
+left is the execution cancelled.  The device lets go at its own checkpoint; until then this task waits, and a watchdog
+that needs no new traffic bounds the wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+import trio
+
+from .batch import Batch, Member
+from .errors import InternalError, TritonError
+from .observe.cancel_log import log_cancelled
+from .scopes import Reason
+
+if TYPE_CHECKING:
+    from .backends import BackendInstance, Placement
+    from .model import Model
+    from .request import InferenceRequest
+
+LOGGER = logging.getLogger("triton_trio.instance")
+
+
+class InstanceState(StrEnum):
+    IDLE = "idle"
+    EXECUTING = "executing"
+    QUARANTINED = "quarantined"  #: its device did not let go in time; it gets no more work
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceStatistics:
+    name: str
+    state: InstanceState
+    executions: int  #: that have ended
+    members: int  #: requests in the execution that runs now
+    live_members: int  #: of these, still wanted
+
+
+class ModelInstance:
+    """Takes batches from the model's scheduler, one at a time.
+
+    Args:
+      release_limit: seconds the device may take to let go of an execution that nobody wants any more.
+      watchdogs: starts a watchdog where neither the model's nor a request's end can cancel it.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        placement: Placement,
+        backend: BackendInstance,
+        *,
+        release_limit: float,
+        watchdogs: trio.Nursery,
+    ) -> None:
+        self.model = model
+        self.placement = placement
+        self.state = InstanceState.IDLE
+        self.batch: Batch | None = None
+        self.executions = 0
+        self._backend = backend
+        self._release_limit = release_limit
+        self._watchdogs = watchdogs
+        self._released: trio.Event | None = None
+        order = model.scheduler.order
+        self._hand: Callable[[InferenceRequest, Callable[[], None]], None] | None = order and order.hand_over
+        self._output_names = tuple(output.name for output in model.config.outputs)
+
+    @property
+    def name(self) -> str:
+        return self.placement.name
+
+    def statistics(self) -> InstanceStatistics:
+        batch = self.batch
+        return InstanceStatistics(
+            name=self.name,
+            state=self.state,
+            executions=self.executions,
+            members=len(batch.members) if batch else 0,
+            live_members=len(batch.scope) if batch else 0,
+        )
+
+    async def run(self) -> None:
+        """Serve until the model is unloaded or the instance is quarantined.
+
+        **Cancellation:** a running execution is cancelled and its device awaited (bounded); its requests are
+        cancelled with the reason ``model_unloading``.
+        """
+        while self.state is not InstanceState.QUARANTINED:
+            requests = await self.model.scheduler.next_batch()
+            await self._execute(requests)
+
+    async def _execute(self, requests: Sequence[InferenceRequest]) -> None:
+        batch = self.batch = Batch(
+            requests,
+            name=self.name,
+            decoupled=self.model.config.decoupled,
+            output_names=self._output_names,
+            hand=self._hand,
+            on_released=_on_released,
+            on_abandoned=self.watch_release,
+        )
+        self.state = InstanceState.EXECUTING
+        try:
+            with batch.scope.cancel_scope:
+                await self._backend.execute(batch)
+        except TritonError as exc:
+            self._fail_live(batch, exc)
+        except Exception as exc:
+            LOGGER.exception("model %s version %d failed in execute", self.model.name, self.model.version)
+            self._fail_live(batch, InternalError(f"model '{self.model.name}' failed: {type(exc).__name__}: {exc}"))
+        else:
+            self._finish_live(batch)
+        finally:
+            for member in batch.members:
+                if member.live:
+                    # Only a cancel from above (unload, shutdown) gets here with somebody still waiting.
+                    member.request.cancel(Reason.MODEL_UNLOADING)
+                member.release()
+            self.batch = None
+            self.executions += 1
+            self.model.counters.count_execution(batch, trio.current_time(), time.time())
+            if self.state is InstanceState.EXECUTING:
+                self.state = InstanceState.IDLE
+            if self._released is not None:
+                self._released.set()
+                self._released = None
+
+    def _fail_live(self, batch: Batch, error: TritonError) -> None:
+        for member in batch.members:
+            batch.fail(member, type(error)(*error.args))
+
+    def _finish_live(self, batch: Batch) -> None:
+        for member in batch.members:
+            if batch.decoupled:
+                batch.finish(member)
+            elif member.live:
+                label = member.request.label
+                batch.fail(member, InternalError(f"{label}model '{self.model.name}' returned without a response"))
+
+    # The watchdog
+
+    def watch_release(self, batch: Batch) -> None:
+        """From now on the device has ``release_limit`` seconds to let go of ``batch``."""
+        if batch is self.batch and self._released is None:
+            self._released = trio.Event()
+            # Owner: the server's outermost nursery; ends when the execution has ended, or at the limit.
+            self._watchdogs.start_soon(self._watchdog, self._released, name=f"watchdog of {self.name}")
+
+    async def _watchdog(self, released: trio.Event) -> None:
+        # Shielded, for a shutdown must not cancel what bounds it; bounded by the limit itself.
+        with trio.move_on_after(self._release_limit, shield=True):
+            await released.wait()
+            return
+        self.state = InstanceState.QUARANTINED
+        LOGGER.error(
+            "instance %s quarantined: its device did not let go within %.1f s of a cancel; it gets no more work",
+            self.name,
+            self._release_limit,
+        )
+        self._backend.abandon()
+        self.model.instance_quarantined(self)
+
+
+def _on_released(member: Member) -> None:
+    if member.left_at is not None:
+        log_cancelled(member.request, member)

@@ -1,0 +1,94 @@
+"""Counters of one model version, with Triton's fields and the balance that Triton lacks.
+
+``started == sum(outcomes) + in_flight`` at every moment: :class:`ModelCounters` is changed in three places only (a
+request is admitted, a request is settled, an execution has ended), each of them one synchronous method.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from ..batch import Batch
+from ..lifecycle import Outcome
+from ..request import InferenceRequest
+
+
+@dataclass(slots=True)
+class Duration:
+    """How often something took time, and how much in all (seconds)."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+    def add(self, seconds: float, count: int = 1) -> None:
+        self.count += count
+        self.seconds += seconds
+
+    @property
+    def ns(self) -> int:
+        return int(self.seconds * 1e9)
+
+
+@dataclass(slots=True)
+class BatchDurations:
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+
+
+@dataclass(slots=True)
+class ModelCounters:
+    """What one model version has done since it was loaded."""
+
+    started: int = 0
+    outcomes: Counter[Outcome] = field(default_factory=Counter)
+    reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  #: cancelled, by (reason, stage)
+    inference_count: int = 0  #: rows of successful requests
+    execution_count: int = 0  #: executions that began
+    last_inference: float = 0.0  #: seconds since the epoch
+    success: Duration = field(default_factory=Duration)
+    fail: Duration = field(default_factory=Duration)
+    queue: Duration = field(default_factory=Duration)
+    compute_input: Duration = field(default_factory=Duration)
+    compute_infer: Duration = field(default_factory=Duration)
+    compute_output: Duration = field(default_factory=Duration)
+    by_batch_size: dict[int, BatchDurations] = field(default_factory=dict)
+    device_seconds_after_cancel: float = 0.0
+
+    @property
+    def in_flight(self) -> int:
+        return self.started - sum(self.outcomes.values())
+
+    def count_settled(self, request: InferenceRequest) -> None:
+        outcome = request.outcome
+        assert outcome is not None
+        self.outcomes[outcome] += 1
+        took = request.ended_at - request.received_at
+        if outcome is Outcome.OK:
+            self.success.add(took)
+            self.inference_count += request.batch_size
+        else:
+            self.fail.add(took)
+            if request.reason is not None:
+                self.reasons[request.reason.value, request.stage.value] += 1
+
+    def count_execution(self, batch: Batch, now: float, wall: float) -> None:
+        """An execution has ended at ``now`` (Trio's clock); ``wall`` is the time of day."""
+        self.execution_count += 1
+        self.last_inference = wall
+        infer_at = batch.compute_infer_at or batch.formed_at
+        output_at = batch.compute_output_at or now
+        durations = (infer_at - batch.formed_at, output_at - infer_at, now - output_at)
+        per_size = self.by_batch_size.get(batch.rows)
+        if per_size is None:
+            per_size = self.by_batch_size[batch.rows] = BatchDurations()
+        per_size.compute_input.add(durations[0])
+        per_size.compute_infer.add(durations[1])
+        per_size.compute_output.add(durations[2])
+        for member in batch.members:
+            if member.served:
+                self.queue.add(batch.formed_at - member.request.enqueued_at)
+                self.compute_input.add(durations[0])
+                self.compute_infer.add(durations[1])
+                self.compute_output.add(durations[2])

@@ -1,0 +1,372 @@
+"""The model repository: directories on disk, the versions loaded from them, and the two verbs load and unload.
+
+A load is one task in the models nursery, shared by everybody who waits for it (:class:`~triton_trio.scopes.BatchScope`):
+a waiter who is cancelled leaves, and when the last has left the load is cancelled between its stages.  So a load never
+outlives the interest in it, one client never takes another's load away, and no state is ever stuck in LOADING.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import trio
+
+from .backends import Backend, ModelContext
+from .config import ModelConfig, load_model_config
+from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
+from .model import Model, ModelState
+from .scopes import BatchScope, Reason
+
+LOGGER = logging.getLogger("triton_trio.repository")
+
+
+@dataclass(frozen=True, slots=True)
+class IndexEntry:
+    """One line of RepositoryIndex; ``version`` and ``state`` are empty for a model that was never loaded."""
+
+    name: str
+    version: str
+    state: str
+    reason: str
+
+
+@dataclass(slots=True)
+class _Entry:
+    """What the repository knows of one model name."""
+
+    models: dict[int, Model] = field(default_factory=dict)
+    #: States without a Model: versions that are loading, failed or were unloaded, with the reason.
+    states: dict[int, tuple[ModelState, str]] = field(default_factory=dict)
+    fingerprint: object = None
+    load: _Load | None = None
+
+
+class _Load:
+    """A load in progress: its waiters share one scope."""
+
+    def __init__(self, config_json: str | None, files: Mapping[str, bytes]) -> None:
+        self.config_json = config_json
+        self.files = files
+        self.waiters: BatchScope[object] = BatchScope()
+        self.done = trio.Event()
+        self.error: tuple[type[TritonError], str] | None = None
+
+
+class ModelRepository:
+    """Loads and finds models.
+
+    Args:
+      paths: repository directories; a model is a directory below one of them.
+      backends: makers of backends by the name that ``backend:`` has in config.pbtxt; made when first needed.
+      models: the nursery of loaded versions, loads and unloads.
+      watchdogs: the nursery of watchdogs, which outlives ``models``.
+      explicit: whether clients may load and unload (``--model-control-mode=explicit``).
+      strict_config: no auto-complete (``--disable-auto-complete-config``).
+      release_limit: see :class:`~triton_trio.instance.ModelInstance`.
+      unload_grace: seconds that requests in flight have when their model is unloaded.
+    """
+
+    def __init__(
+        self,
+        paths: Sequence[Path],
+        backends: Mapping[str, Callable[[], Backend]],
+        *,
+        models: trio.Nursery,
+        watchdogs: trio.Nursery,
+        explicit: bool = False,
+        strict_config: bool = False,
+        release_limit: float = 10.0,
+        unload_grace: float = 30.0,
+    ) -> None:
+        self.paths = tuple(paths)
+        self.explicit = explicit
+        self._makers = backends
+        self._backends: dict[str, Backend] = {}
+        self._nursery = models
+        self._watchdogs = watchdogs
+        self._strict_config = strict_config
+        self._release_limit = release_limit
+        self._unload_grace = unload_grace
+        self._entries: dict[str, _Entry] = {}
+
+    # Find
+
+    def model(self, name: str, version: int | None = None) -> Model:
+        """The ready version ``version`` of a model, by default its latest.
+
+        Raises:
+          NotFound: the model, or this version, was never loaded.
+          Unavailable: it is known but not ready.
+        """
+        entry = self._entries.get(name)
+        if entry is None or not (entry.models or entry.states):
+            raise NotFound(f"Request for unknown model: '{name}' is not found")
+        if version is None:
+            ready = [number for number, model in entry.models.items() if model.ready]
+            if not ready:
+                raise Unavailable(f"Request for unknown model: '{name}' has no available versions")
+            return entry.models[max(ready)]
+        model = entry.models.get(version)
+        if model is None:
+            if version in entry.states:
+                raise Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
+            raise NotFound(f"Request for unknown model: '{name}' version {version} is not found")
+        if not model.ready:
+            raise Unavailable(f"Request for unknown model: '{name}' version {version} is not at ready state")
+        return model
+
+    def loaded(self) -> Iterator[Model]:
+        """Every version that is loaded, by name and version."""
+        for name in sorted(self._entries):
+            models = self._entries[name].models
+            for version in sorted(models):
+                yield models[version]
+
+    def directories(self) -> dict[str, Path]:
+        """Model directories on disk by name.  Reads the file system."""
+        found: dict[str, Path] = {}
+        for path in self.paths:
+            if not path.is_dir():
+                raise InvalidArgument(f"model repository '{path}' is not a directory; check --model-repository")
+            for child in sorted(path.iterdir()):
+                if child.is_dir() and not child.name.startswith("."):
+                    if child.name in found:
+                        raise InvalidArgument(
+                            f"model '{child.name}' is in two repositories, {found[child.name].parent} and {path}: "
+                            "rename or remove one"
+                        )
+                    found[child.name] = child
+        return found
+
+    async def index(self, *, ready_only: bool = False) -> list[IndexEntry]:
+        """RepositoryIndex: a line for each known version, and one for each model on disk that was never loaded.
+
+        **Cancellation:** while the file system is read; nothing is left behind.
+        """
+        on_disk = await trio.to_thread.run_sync(self.directories)
+        lines = []
+        for name in sorted({*on_disk, *self._entries}):
+            entry = self._entries.get(name)
+            states = dict(entry.states) if entry else {}
+            if entry:
+                states |= {version: (model.state, "") for version, model in entry.models.items()}
+            if not states:
+                lines.append(IndexEntry(name, "", "", ""))
+            for version, (state, reason) in sorted(states.items()):
+                lines.append(IndexEntry(name, str(version) if version > 0 else "", state.value, reason))
+        return [line for line in lines if not ready_only or line.state == ModelState.READY.value]
+
+    # Load
+
+    def check_explicit(self) -> None:
+        """Raise if clients may not load and unload."""
+        if not self.explicit:
+            raise Unavailable("explicit model load / unload is not allowed if polling is enabled")
+
+    async def load(
+        self, name: str, *, config_json: str | None = None, files: Mapping[str, bytes] | None = None
+    ) -> None:
+        """Load a model, or reload it if its files have changed; returns when it is ready.
+
+        Two callers who load one model share the load.  The versions served before go on until the new ones are ready.
+
+        Args:
+          config_json: overrides config.pbtxt.
+          files: further files of the model by path below its directory; needs ``config_json``.
+
+        Raises:
+          TritonError: what was wrong, with file and field; the versions served before are untouched.
+
+        **Cancellation:** the caller leaves; if nobody else waits, the load is cancelled between its stages and the
+        model is UNAVAILABLE with the reason ``load cancelled``, or as it was before.
+        """
+        entry = self._entries.setdefault(name, _Entry())
+        waiter = object()
+        load = entry.load
+        if load is None or config_json is not None or files or not load.waiters.join(waiter):
+            while entry.load is not None:  # a load that is ending, or one of other files: ours comes after it
+                await entry.load.done.wait()
+            load = entry.load = _Load(config_json, files or {})
+            load.waiters.join(waiter)
+            # Owner: the models nursery; ended by itself, or by its waiters' scope.
+            self._nursery.start_soon(self._run_load, name, entry, load, name=f"load {name}")
+        try:
+            await load.done.wait()
+        finally:
+            if load.done.is_set():
+                load.waiters.discard(waiter)
+            else:
+                load.waiters.leave(waiter, Reason.CALLER)
+        if load.error is not None:
+            kind, text = load.error
+            raise kind(text)
+
+    async def _run_load(self, name: str, entry: _Entry, load: _Load) -> None:
+        error: tuple[type[TritonError], str] | None = (Unavailable, f"load failed for model '{name}': load cancelled")
+        try:
+            with load.waiters.cancel_scope:
+                await self._load(name, entry, load)
+                error = None
+        except TritonError as exc:
+            error = (type(exc), exc.message)
+            LOGGER.error("failed to load '%s': %s", name, exc.message)
+        except OSError as exc:
+            error = (InternalError, f"load failed for model '{name}': {exc}")
+            LOGGER.error("failed to load '%s': %s", name, exc)
+        except Exception as exc:
+            error = (InternalError, f"load failed for model '{name}': {type(exc).__name__}: {exc}")
+            LOGGER.exception("failed to load '%s'", name)
+        finally:
+            load.error = error
+            for version, (state, _) in tuple(entry.states.items()):
+                if state is ModelState.LOADING:
+                    entry.states[version] = (ModelState.UNAVAILABLE, error[1] if error else "")
+            if error is not None and not entry.models and not entry.states:
+                entry.states[-1] = (ModelState.UNAVAILABLE, error[1])
+            entry.load = None
+            load.done.set()
+
+    async def _load(self, name: str, entry: _Entry, load: _Load) -> None:
+        directories = await trio.to_thread.run_sync(self.directories)
+        directory = directories.get(name)
+        if directory is None:
+            raise InvalidArgument(
+                f"failed to load '{name}', failed to poll from model repository: no directory '{name}' in "
+                + ", ".join(str(path) for path in self.paths)
+            )
+        if load.files:
+            raise InvalidArgument(
+                f"failed to load '{name}': file overrides ('file:<path>' parameters) are not supported; "
+                "write the files into the model's directory and load again"
+            )
+        config, available, fingerprint = await trio.to_thread.run_sync(
+            _read_model, directory, load.config_json, self._strict_config
+        )
+        if entry.models and fingerprint == entry.fingerprint and all(model.ready for model in entry.models.values()):
+            return
+        backend = self._backend(name, config.backend)
+        if not self._strict_config:
+            config = await trio.to_thread.run_sync(backend.auto_complete, config, directory)
+        versions = config.version_policy.select(available)
+        if not versions:
+            raise InvalidArgument(
+                f"failed to load '{name}', no version is available: {directory} has "
+                + (
+                    f"versions {available}, none of which its version_policy selects"
+                    if available
+                    else "no version directory, such as 1/"
+                )
+            )
+        entry.states.clear()
+        for version in versions:
+            if version not in entry.models:
+                entry.states[version] = (ModelState.LOADING, "")
+        loaded: list[Model] = []
+        try:
+            for version in versions:
+                context = ModelContext(config, version, directory, directory / str(version))
+                model = Model(context, release_limit=self._release_limit, watchdogs=self._watchdogs)
+                # Until it is started, the model's task belongs to this load and is cancelled with it.
+                await self._nursery.start(model.run, backend, name=f"model {name}:{version}")
+                loaded.append(model)
+        except BaseException:
+            for model in loaded:
+                model.stop()
+            raise
+        # Synchronous from here: the new versions are served from this moment, the old ones drain.
+        old = tuple(entry.models.values())
+        entry.models = {model.version: model for model in loaded}
+        entry.states.clear()
+        entry.fingerprint = fingerprint
+        for model in old:
+            self._start_unload(model)
+        LOGGER.info("successfully loaded '%s' version %s", name, ", ".join(map(str, versions)))
+
+    def _backend(self, model_name: str, backend_name: str) -> Backend:
+        if backend_name not in self._backends:
+            maker = self._makers.get(backend_name)
+            if maker is None:
+                raise InvalidArgument(
+                    f"failed to load '{model_name}': no backend '{backend_name}'; this server has "
+                    + ", ".join(sorted(self._makers))
+                )
+            self._backends[backend_name] = maker()
+        return self._backends[backend_name]
+
+    async def load_all(self, names: Sequence[str] | None, *, exit_on_error: bool) -> None:
+        """Load ``names`` side by side, by default everything on disk.
+
+        **Cancellation:** all loads are cancelled.
+        """
+        if names is None:
+            names = list(await trio.to_thread.run_sync(self.directories))
+
+        async def load(name: str) -> None:
+            try:
+                await self.load(name)
+            except TritonError as exc:
+                errors.append(exc)
+
+        errors: list[TritonError] = []
+        async with trio.open_nursery() as nursery:
+            for name in names:
+                # Owner: this nursery; ends with the load.
+                nursery.start_soon(load, name, name=f"wait for load {name}")
+        if errors and exit_on_error:
+            raise errors[0]
+
+    def stop(self) -> None:
+        """Cancel every load and every model now; sync."""
+        for entry in self._entries.values():
+            if entry.load is not None:
+                entry.load.waiters.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
+            for model in entry.models.values():
+                model.stop()
+
+    # Unload
+
+    async def unload(self, name: str, *, wait: bool = True) -> None:
+        """Unload all versions of a model: nothing new is accepted at once, requests in flight have the unload grace.
+
+        Raises:
+          NotFound: no such model is loaded.
+
+        **Cancellation:** the caller stops waiting; the unload goes on.
+        """
+        entry = self._entries.get(name)
+        if entry is None:
+            raise NotFound(f"failed to unload '{name}': no such model is loaded")
+        if entry.load is not None:
+            # An unload wins over a load in progress: cancel it for everybody.
+            entry.load.waiters.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
+            await entry.load.done.wait()
+        models, entry.models = tuple(entry.models.values()), {}
+        for model in models:
+            entry.states[model.version] = (ModelState.UNLOADING, "")
+            self._start_unload(model, entry)
+        if wait:
+            for model in models:
+                await model.wait_stopped()
+
+    def _start_unload(self, model: Model, entry: _Entry | None = None) -> None:
+        model.begin_unload()
+        # Owner: the models nursery; ends when the model has ended.  Bounded by the unload grace and the release limit.
+        self._nursery.start_soon(self._unload, model, entry, name=f"unload {model.name}:{model.version}")
+
+    async def _unload(self, model: Model, entry: _Entry | None) -> None:
+        await model.wait_unloaded(self._unload_grace)
+        if entry is not None and entry.states.get(model.version, (None, ""))[0] is ModelState.UNLOADING:
+            entry.states[model.version] = (ModelState.UNAVAILABLE, "unloaded")
+        LOGGER.info("successfully unloaded '%s' version %d", model.name, model.version)
+
+
+def _read_model(directory: Path, config_json: str | None, strict: bool) -> tuple[ModelConfig, list[int], object]:
+    """The model's config, its version directories, and a fingerprint that changes when a file of it changes."""
+    config = load_model_config(directory, strict=strict, override_json=config_json)
+    available = sorted(int(child.name) for child in directory.iterdir() if child.is_dir() and child.name.isdecimal())
+    files = sorted(path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
+    stamps = tuple((str(path), status.st_mtime_ns, status.st_size) for path in files if (status := path.stat()))
+    return config, [version for version in available if version > 0], (config_json, stamps)

@@ -1,0 +1,78 @@
+"""The dynamic batcher: waiting requests of one shape become one execution.
+
+:meth:`DynamicBatcher.form_batch` is the whole decision.  It looks at no more requests than fit into one batch, so its
+cost does not grow with the queue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ..request import InferenceRequest
+from .ordering import ResponseOrder
+from .queue import INF, RequestQueue
+from .scheduler import Scheduler
+
+
+class DynamicBatcher(Scheduler):
+    """Triton's ``dynamic_batching``.
+
+    Args:
+      queue: with its levels and policies.
+      max_batch_size: rows an execution may have.
+      preferred_sizes: rows at which a batch is sent without waiting for more.
+      max_queue_delay: seconds the oldest request may wait for company.
+      preserve_ordering: responses go out in the order in which their requests were queued.
+    """
+
+    def __init__(
+        self,
+        queue: RequestQueue,
+        *,
+        max_batch_size: int,
+        preferred_sizes: Sequence[int] = (),
+        max_queue_delay: float = 0.0,
+        preserve_ordering: bool = False,
+    ) -> None:
+        super().__init__(queue)
+        self.max_batch_size = max_batch_size
+        self.preferred_sizes = frozenset(preferred_sizes or (max_batch_size,))
+        self.max_queue_delay = max_queue_delay
+        if preserve_ordering:
+            self.order = ResponseOrder()
+
+    def form_batch(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
+        # Take requests in order while they fit and have the same shape.  Then, in this order:
+        # 1. a preferred size was met on the way: send up to the largest one met;
+        # 2. the next request does not fit (size or shape), or no preferred size is left to wait for: send all taken;
+        # 3. the oldest has waited long enough: send all taken;
+        # 4. otherwise ask again when it has.
+        taken: list[InferenceRequest] = []
+        rows = preferred = 0
+        full = False
+        oldest = INF
+        for request in self.queue:
+            if taken and (rows + request.batch_size > self.max_batch_size or request.signature != taken[0].signature):
+                full = True
+                break
+            taken.append(request)
+            rows += request.batch_size
+            oldest = min(oldest, request.enqueued_at)
+            if rows in self.preferred_sizes:
+                preferred = len(taken)
+            if rows >= self.max_batch_size:
+                break
+        if not taken:
+            return (), INF
+        if preferred:
+            del taken[preferred:]
+        elif not (full or rows >= max(self.preferred_sizes)):
+            ready_at = oldest + self.max_queue_delay
+            if now < ready_at:
+                return (), ready_at
+        for request in taken:
+            self.queue.remove(request)
+        if self._idle and self.queue:
+            # More is waiting than this batch takes, and another instance has nothing to do.
+            self._wake()
+        return taken, INF

@@ -1,0 +1,223 @@
+"""The server: one nursery tree, opened and closed by one context manager.
+
+::
+
+    server nursery (watchdogs)
+    └── models nursery          one task per loaded version, per load, per unload
+        └── frontends nursery   one task per frontend; drain = start_drain() on each, and one time limit
+
+The nesting is the order of shutdown, inside out: frontends end before models, so that everything a request needs is there
+as long as requests can arrive; watchdogs end last, since they bound how long the rest may take.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import Any, Protocol
+
+import trio
+
+from ._version import __version__
+from .backends import DEFAULT_BACKENDS, Backend
+from .model import Model, ModelStatistics
+from .repository import ModelRepository
+from .scopes import Reason
+
+LOGGER = logging.getLogger("triton_trio.server")
+
+#: Triton's extensions that this server has.
+EXTENSIONS = (
+    "classification",
+    "model_repository",
+    "schedule_policy",
+    "model_configuration",
+    "binary_tensor_data",
+    "parameters",
+    "statistics",
+)
+
+
+class Frontend(Protocol):
+    """A protocol in front of the server, such as gRPC."""
+
+    def start_drain(self) -> None:
+        """Accept nothing new; what is in flight goes on.  Sync and idempotent."""
+
+
+@dataclass(frozen=True, slots=True)
+class ServerStatistics:
+    ready: bool
+    draining: bool
+    in_flight: int  #: requests of all models
+    models: tuple[ModelStatistics, ...]
+
+
+class InferenceServer:
+    """Models, and the frontends that bring requests to them.  Made by :func:`open_server`."""
+
+    def __init__(
+        self,
+        repository: ModelRepository,
+        *,
+        server_id: str,
+        strict_readiness: bool,
+        frontends: trio.Nursery,
+    ) -> None:
+        self.repository = repository
+        self.server_id = server_id
+        self.version = __version__
+        self.extensions = EXTENSIONS
+        self.draining = False
+        self.started = False
+        self._strict_readiness = strict_readiness
+        self._frontends = frontends
+        self._serving: list[Frontend] = []
+        self._drained: trio.Event | None = None
+
+    @property
+    def live(self) -> bool:
+        return not self.draining
+
+    @property
+    def ready(self) -> bool:
+        """Started, not draining, and (with strict readiness) every model that was loaded is ready."""
+        if self.draining or not self.started:
+            return False
+        return not self._strict_readiness or all(model.ready for model in self.repository.loaded())
+
+    def statistics(self) -> ServerStatistics:
+        models = tuple(model.statistics() for model in self.repository.loaded())
+        return ServerStatistics(
+            ready=self.ready,
+            draining=self.draining,
+            in_flight=sum(model.in_flight for model in models),
+            models=models,
+        )
+
+    def model(self, name: str, version: int | None = None) -> Model:
+        """A ready model; see :meth:`ModelRepository.model` for what it raises."""
+        return self.repository.model(name, version)
+
+    async def load_model(self, name: str, *, config_json: str | None = None) -> None:
+        """See :meth:`ModelRepository.load`."""
+        await self.repository.load(name, config_json=config_json)
+
+    async def unload_model(self, name: str) -> None:
+        """See :meth:`ModelRepository.unload`."""
+        await self.repository.unload(name)
+
+    async def start_frontend(
+        self, frontend: Frontend, serve: Callable[..., Awaitable[Any]], *args: Any, name: str
+    ) -> Any:
+        """Run ``serve(*args, task_status=...)`` in the frontends nursery; returns what it reports as started.
+
+        **Cancellation:** until it has started, the frontend belongs to the caller's scope; then to the server.
+        """
+        return await self._frontends.start(self._run_frontend, frontend, serve, args, name=name)
+
+    async def _run_frontend(
+        self,
+        frontend: Frontend,
+        serve: Callable[..., Awaitable[Any]],
+        args: tuple[Any, ...],
+        *,
+        task_status: trio.TaskStatus[Any] = trio.TASK_STATUS_IGNORED,
+    ) -> None:
+        self._serving.append(frontend)
+        try:
+            await serve(*args, task_status=task_status)
+        finally:
+            self._serving.remove(frontend)
+            if not self._serving and self._drained is not None:
+                self._drained.set()
+
+    async def drain(self, timeout: float) -> None:
+        """Shut down gracefully: not ready, nothing new, work in flight has ``timeout`` seconds, then it is cancelled.
+
+        Every client still waiting at the end gets UNAVAILABLE (reason ``server_drain``).  Calling it again with a
+        shorter time, for example 0, only brings the end forward.
+
+        **Cancellation:** the wait ends; the server stays in the state "draining", with nobody watching the time.
+        """
+        self.draining = True
+        for frontend in self._serving:
+            frontend.start_drain()
+        if self._serving:
+            self._drained = self._drained or trio.Event()
+            # A deadline on the frontends' scope would say "deadline" to every client; the reason is ours to give.
+            with trio.move_on_after(timeout):
+                await self._drained.wait()
+        self._frontends.cancel_scope.cancel(reason=Reason.SERVER_DRAIN.value)
+
+
+@asynccontextmanager
+async def open_server(
+    model_repository: str | PathLike[str] | Sequence[str | PathLike[str]] = (),
+    *,
+    explicit: bool = False,
+    load_models: Sequence[str] = (),
+    backends: Mapping[str, Callable[[], Backend]] | None = None,
+    server_id: str = "triton",
+    strict_config: bool = False,
+    strict_readiness: bool = True,
+    exit_on_error: bool = True,
+    release_limit: float = 10.0,
+    unload_grace: float = 30.0,
+) -> AsyncIterator[InferenceServer]:
+    """Open a server in the caller's Trio program; leaving the block shuts it down.
+
+    ::
+
+        async with triton_trio.open_server("models") as server:
+            response = await server.model("identity").infer({"INPUT0": array})
+
+    Args:
+      model_repository: one directory or several.
+      explicit: load only ``load_models`` at first, then what clients ask for; otherwise everything in the repository.
+      load_models: names to load at the start in explicit mode; ``*`` means all.
+      backends: makers of further backends by the name that ``backend:`` has in config.pbtxt.
+      server_id: the name that ServerMetadata gives.
+      strict_config: config.pbtxt must be complete (``--disable-auto-complete-config``).
+      strict_readiness: ready only while every loaded model is ready.
+      exit_on_error: raise if a model fails to load at the start; otherwise serve the others.
+      release_limit: seconds a device may take to let go of cancelled work before its instance is quarantined.
+      unload_grace: seconds that requests in flight have when their model is unloaded.
+
+    Raises:
+      TritonError: a model failed to load at the start (with ``exit_on_error``); names file and field.
+
+    **Cancellation:** cancelling the scope around the block cancels frontends, then models, and waits for the devices
+    (at most ``release_limit``).  Nothing is left running.
+    """
+    single = isinstance(model_repository, str | PathLike)
+    paths = [model_repository] if single else list(model_repository)  # type: ignore[list-item, arg-type]
+    # Watchdogs are outermost: they bound how long leaving everything inside may take.
+    async with trio.open_nursery() as watchdogs:
+        async with trio.open_nursery() as models:
+            repository = ModelRepository(
+                [Path(path) for path in paths],
+                {**DEFAULT_BACKENDS, **(backends or {})},
+                models=models,
+                watchdogs=watchdogs,
+                explicit=explicit,
+                strict_config=strict_config,
+                release_limit=release_limit,
+                unload_grace=unload_grace,
+            )
+            async with trio.open_nursery() as frontends:
+                server = InferenceServer(
+                    repository, server_id=server_id, strict_readiness=strict_readiness, frontends=frontends
+                )
+                names = list(load_models) if explicit and "*" not in load_models else None
+                await repository.load_all(names, exit_on_error=exit_on_error)
+                server.started = True
+                yield server
+                server.draining = True
+                frontends.cancel_scope.cancel(reason=Reason.SERVER_DRAIN.value)
+            repository.stop()
+            models.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
