@@ -1,0 +1,230 @@
+"""The command line: tritonserver's flags, on our server.
+
+A flag that tritonserver does not have is an error.  One that it has and we do not support yet is a warning that says so,
+so that an existing start script works and nobody is left to guess.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import ssl
+import sys
+from collections.abc import Sequence
+
+import trio
+
+from ._version import __version__
+from .errors import TritonError
+from .grpc import GrpcOptions
+from .grpc.frontend import serve_grpc
+from .observe.logs import configure_logging
+from .server import InferenceServer, open_server
+
+LOGGER = logging.getLogger("triton_trio")
+
+#: tritonserver's flags that have no effect here, and what to say about them.
+UNSUPPORTED = {
+    "HTTP/REST is not served yet": (
+        "allow-http http-address http-port reuse-http-port http-thread-count http-header-forward-pattern "
+        "http-restricted-api http-max-input-size"
+    ),
+    "metrics are not exported yet": (
+        "allow-metrics allow-gpu-metrics allow-cpu-metrics metrics-address metrics-port metrics-interval-ms "
+        "metrics-config"
+    ),
+    "tracing is not supported yet": "trace-config trace-file trace-level trace-rate trace-count trace-log-frequency",
+    "the rate limiter is not supported yet": "rate-limit rate-limit-resource",
+    "the response cache is not supported yet": "cache-config cache-directory response-cache-byte-size",
+    "shared memory is not supported yet": "allow-client-shm",
+    "there is nothing like it in this server": (
+        "backend-directory backend-config repoagent-directory pinned-memory-pool-byte-size "
+        "cuda-memory-pool-byte-size cuda-virtual-address-size buffer-manager-thread-count "
+        "model-load-thread-count model-load-retry-count model-load-gpu-limit model-namespacing "
+        "enable-peer-access host-policy min-supported-compute-capability repository-poll-secs "
+        "grpc-infer-thread-count grpc-infer-allocation-pool-size grpc-max-response-pool-size "
+        "grpc-restricted-protocol grpc-header-forward-pattern grpc-http2-max-pings-without-data "
+        "grpc-http2-min-recv-ping-interval-without-data grpc-http2-max-ping-strikes "
+        "grpc-keepalive-permit-without-calls allow-vertex-ai allow-sagemaker"
+    ),
+}
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("true", "1", "on", "yes"):
+        return True
+    if text.lower() in ("false", "0", "off", "no"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+
+
+class _Unsupported(argparse.Action):
+    """Takes the value, remembers what to say."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        if not (option_string in ("--allow-http", "--allow-metrics") and str(values).lower() == "false"):
+            namespace.warnings.append(f"{option_string} is ignored: {self.help}")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser, with every flag of tritonserver that exists."""
+    parser = argparse.ArgumentParser(
+        prog="triton_trio",
+        allow_abbrev=False,
+        description="An inference server that speaks Triton's protocol, in which every request is a cancel scope.",
+    )
+    parser.set_defaults(warnings=[])
+    add = parser.add_argument
+    add("--version", action="version", version=f"triton_trio {__version__}")
+    add("--id", default="triton", help="the server's name in ServerMetadata")
+
+    models = parser.add_argument_group("models").add_argument
+    models(
+        "--model-repository", "--model-store", action="append", default=[], metavar="DIR", help="may be repeated"
+    )
+    models("--model-control-mode", choices=["none", "explicit", "poll"], default="none")
+    models("--load-model", action="append", default=[], metavar="NAME", help="explicit mode; '*' for all; repeatable")
+    models("--disable-auto-complete-config", type=_flag, nargs="?", const=True, default=False, metavar="BOOL")
+    models("--strict-model-config", type=_flag, nargs="?", const=True, default=None, metavar="BOOL", help="deprecated")
+    models("--exit-on-error", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
+    models("--strict-readiness", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
+    models("--exit-timeout-secs", type=float, default=30.0, metavar="S", help="grace of a drain (default 30)")
+    models(
+        "--release-timeout-secs",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="time a device has to let go of cancelled work before its instance is quarantined (default 10)",
+    )
+
+    grpc = parser.add_argument_group("gRPC").add_argument
+    grpc("--allow-grpc", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
+    grpc("--grpc-address", default="0.0.0.0", metavar="HOST")
+    grpc("--grpc-port", type=int, default=8001, metavar="PORT", help="0 picks a free one and prints it")
+    grpc("--reuse-grpc-port", type=_flag, nargs="?", const=True, default=False, metavar="BOOL")
+    grpc("--grpc-keepalive-time", type=int, default=7_200_000, metavar="MS")
+    grpc("--grpc-keepalive-timeout", type=int, default=20_000, metavar="MS")
+    grpc("--grpc-max-connection-age", type=int, default=0, metavar="MS", help="0: no limit")
+    grpc("--grpc-max-connection-age-grace", type=int, default=0, metavar="MS", help="0: no limit")
+    grpc("--grpc-infer-response-compression-level", choices=["none", "low", "medium", "high"], default="none")
+    grpc("--grpc-use-ssl", type=_flag, nargs="?", const=True, default=False, metavar="BOOL")
+    grpc("--grpc-use-ssl-mutual", type=_flag, nargs="?", const=True, default=False, metavar="BOOL")
+    grpc("--grpc-server-cert", metavar="FILE")
+    grpc("--grpc-server-key", metavar="FILE")
+    grpc("--grpc-root-cert", metavar="FILE")
+
+    logs = parser.add_argument_group("logging").add_argument
+    logs("--log-verbose", type=int, default=0, metavar="LEVEL", help="0: off; 1 and more: debug lines")
+    logs("--log-info", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
+    logs("--log-warning", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
+    logs("--log-error", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
+    logs("--log-format", choices=["default", "ISO8601", "json"], default="default")
+    logs("--log-file", metavar="FILE", help="instead of standard error")
+
+    other = parser.add_argument_group("flags of tritonserver that have no effect here")
+    for why, flags in UNSUPPORTED.items():
+        for flag in flags.split():
+            other.add_argument(f"--{flag}", action=_Unsupported, nargs="?", help=why, dest=argparse.SUPPRESS)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until it is told to stop; the process's exit status."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.model_control_mode == "poll":
+        parser.error("--model-control-mode=poll is not supported: use none, or explicit and RepositoryModelLoad")
+    if args.load_model and args.model_control_mode != "explicit":
+        parser.error("--load-model needs --model-control-mode=explicit")
+    if not args.model_repository:
+        parser.error("--model-repository is needed: a directory that holds a directory for each model")
+    configure_logging(
+        verbose=args.log_verbose,
+        info=args.log_info,
+        warning=args.log_warning,
+        error=args.log_error,
+        style=args.log_format,
+        file=args.log_file,
+    )
+    for warning in args.warnings:
+        LOGGER.warning("%s", warning)
+    try:
+        trio.run(_serve, args, strict_exception_groups=True)
+    except* (TritonError, OSError, ssl.SSLError) as group:
+        for error in _leaves(group):
+            print(f"triton_trio: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _leaves(exc: BaseException) -> list[BaseException]:
+    if isinstance(exc, BaseExceptionGroup):
+        return [leaf for child in exc.exceptions for leaf in _leaves(child)]
+    return [exc]
+
+
+async def _serve(args: argparse.Namespace) -> None:
+    async with open_server(
+        args.model_repository,
+        explicit=args.model_control_mode == "explicit",
+        load_models=args.load_model,
+        server_id=args.id,
+        strict_config=args.disable_auto_complete_config or bool(args.strict_model_config),
+        strict_readiness=args.strict_readiness,
+        exit_on_error=args.exit_on_error,
+        release_limit=args.release_timeout_secs,
+        unload_grace=args.exit_timeout_secs,
+    ) as server:
+        if args.allow_grpc:
+            addresses = await serve_grpc(
+                server, host=args.grpc_address, port=args.grpc_port, options=_grpc_options(args), tls=_tls(args)
+            )
+            for address in addresses:
+                LOGGER.info("Started GRPCInferenceService at %s", address)
+        await _wait_for_signals(server, args.exit_timeout_secs)
+
+
+async def _wait_for_signals(server: InferenceServer, grace: float) -> None:
+    """SIGTERM or SIGINT drains; a second one cancels what is left at once."""
+    async with trio.open_nursery() as nursery:
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            async for number in signals:
+                name = signal.Signals(number).name
+                if not server.draining:
+                    LOGGER.info("%s: draining, %g s for requests in flight; a second signal cancels them", name, grace)
+
+                    async def drain() -> None:
+                        await server.drain(grace)
+                        nursery.cancel_scope.cancel(reason="drained")
+
+                    # Owner: this nursery; ends when the frontends have ended.
+                    nursery.start_soon(drain, name="drain")
+                else:
+                    LOGGER.info("%s: cancelling requests in flight", name)
+                    await server.drain(0)
+
+
+def _grpc_options(args: argparse.Namespace) -> GrpcOptions:
+    return GrpcOptions(
+        keepalive_time=args.grpc_keepalive_time / 1e3,
+        keepalive_timeout=args.grpc_keepalive_timeout / 1e3,
+        max_connection_age=args.grpc_max_connection_age / 1e3 or None,
+        response_compression=args.grpc_infer_response_compression_level != "none",
+    )
+
+
+def _tls(args: argparse.Namespace) -> ssl.SSLContext | None:
+    if not (args.grpc_use_ssl or args.grpc_use_ssl_mutual):
+        return None
+    for flag in ("grpc_server_cert", "grpc_server_key"):
+        path = getattr(args, flag)
+        if not path or not os.path.isfile(path):
+            raise OSError(f"--{flag.replace('_', '-')} must name a PEM file; got {path!r}")
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=args.grpc_root_cert)
+    context.load_cert_chain(args.grpc_server_cert, args.grpc_server_key)
+    context.set_alpn_protocols(["h2"])
+    if args.grpc_use_ssl_mutual:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
