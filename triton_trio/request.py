@@ -296,10 +296,11 @@ class InferenceRequest:
                 self._settle_cancelled(Reason.CALLER)
             else:
                 self.settle(Event.FAIL)
-        suppressed = self.scope.__exit__(exc_type, exc, tb)
-        if suppressed or (exc is None and self.scope.cancel_called and self.outcome is not Outcome.OK):
+        absorbed = self.scope.__exit__(exc_type, exc, tb)
+        if (absorbed if exc is not None else self.scope.cancel_called) and self.outcome is not Outcome.OK:
+            # Somebody else cancelled this request, and the caller is still here to be told.
             raise self.ended_error()
-        return suppressed
+        return absorbed
 
     async def receive(self) -> InferenceResponse:
         """The next response.

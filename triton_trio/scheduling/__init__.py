@@ -15,3 +15,24 @@ from .scheduler import SchedulerStatistics as SchedulerStatistics
 
 if TYPE_CHECKING:
     from ..config import ModelConfig
+
+
+def make_scheduler(config: ModelConfig) -> Scheduler:
+    """The scheduler that a model's configuration asks for."""
+    batching = config.dynamic_batching
+    if batching is None:
+        return DefaultScheduler()
+    levels = max(1, batching.priority_levels)
+    queue = RequestQueue(
+        levels=levels,
+        default_level=batching.default_priority_level or 1,
+        policy=_policy(batching.default_queue_policy),
+        policies={level: _policy(policy) for level, policy in batching.priority_queue_policy.items()},
+    )
+    return DynamicBatcher(
+        queue,
+        max_batch_size=max(1, config.max_batch_size),
+        preferred_sizes=batching.preferred_batch_size,
+        max_queue_delay=batching.max_queue_delay_microseconds / 1e6,
+        preserve_ordering=batching.preserve_ordering,
+    )
