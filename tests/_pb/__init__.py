@@ -1,0 +1,2 @@
+# Generated from protos/codec_torture.proto by protos/generate.py.
+# Do not edit: change those, then run `make protos`.
