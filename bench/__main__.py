@@ -1,0 +1,42 @@
+"""``python -m bench [NAME] [options]``: one benchmark, or all that this machine can run."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+import subprocess
+import sys
+
+NAMES = {
+    "codec": "messages: upb behind betterproto2 classes, against betterproto2's own codec",
+    "rpc": "(a) CPU µs for each unary RPC, against echoes and the real Triton",
+    "cancel": "(b) from the client's cancel to what it frees",
+    "curve": "(c) throughput and cancel latency against chunk time",
+    "inflight": "(d) 10,000 requests in flight",
+}
+
+
+def main() -> int:
+    if len(sys.argv) > 1 and sys.argv[1] in NAMES:
+        name = sys.argv.pop(1)
+        runpy.run_module(f"bench.{name}", run_name="__main__")
+        return 0
+    if len(sys.argv) > 1:
+        print("usage: python -m bench [NAME] [options]; without NAME, all of:", file=sys.stderr)
+        for name, what in NAMES.items():
+            print(f"  {name:10} {what}", file=sys.stderr)
+        return 2
+    failed = []
+    for name, what in NAMES.items():
+        print(f"\n== {name}: {what}", flush=True)
+        if name == "rpc" and shutil.which("h2load") is None:
+            print("skipped: needs h2load (Debian: apt-get install nghttp2-client)")
+        elif subprocess.run([sys.executable, "-m", f"bench.{name}"], check=False).returncode:
+            failed.append(name)
+    if failed:
+        print(f"\nfailed: {', '.join(failed)}", file=sys.stderr)
+    return bool(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
