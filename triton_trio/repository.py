@@ -250,6 +250,7 @@ class ModelRepository:
         backend = self._backend(name, config.backend)
         if not self._strict_config:
             config = await trio.to_thread.run_sync(backend.auto_complete, config, directory)
+            config.check_complete()
         versions = config.version_policy.select(available)
         if not versions:
             raise InvalidArgument(
