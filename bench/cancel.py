@@ -126,8 +126,8 @@ def main() -> None:
         for key, measure in measures.items()
     ]
     text = (
-        f"{args.repeat} cancels each, milliseconds from the client's `cancel()` (counts for responses). settled: the request is out of "
-        "its queue or batch and its client is answered; next start: the instance began its next execution.\n\n"
+        f"{args.repeat} cancels each, milliseconds from the client's `cancel()` (counts for responses). settled: the "
+        "request is out of its queue or batch and its client is answered; next start: the instance began its next execution.\n\n"
         + table(["cancelled while", "until", "p50", "p90", "p99", "max"], rows)
     )
     save("cancel", "python -m bench cancel", figures, text, before)

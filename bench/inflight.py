@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import tempfile
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from .harness import machine, save, serving, table
+from .harness import Server, machine, save, serving, table
 
 CONFIG = """backend: "identity" max_batch_size: 0
 input { name: "INPUT0" data_type: TYPE_FP32 dims: [ 16 ] } output { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ 16 ] }
@@ -25,9 +26,10 @@ parameters { key: "execute_delay_ms" value { string_value: "100000000" } }
 
 async def client(port: int, connections: int, requests: int) -> None:
     """Open the calls, wait for a line on standard input, reset them all, print when the last was left."""
+    from triton_trio.grpc.channel import open_channel
+
     from triton_trio._pb import inference as pb
     from triton_trio._pb.inference_grpc import GrpcInferenceServiceStub
-    from triton_trio.grpc.channel import open_channel
 
     tensor = pb.ModelInferRequestInferInputTensor(name="INPUT0", datatype="FP32", shape=[16])
     message = pb.ModelInferRequest(model_name="identity", inputs=[tensor], raw_input_contents=[bytes(64)])
@@ -38,7 +40,6 @@ async def client(port: int, connections: int, requests: int) -> None:
                 stub = GrpcInferenceServiceStub(channel)
                 for _ in range(calls):
                     inner.start_soon(stub.model_infer, message, name="call")
-                inner.cancel_scope.shield = False
                 await trio.sleep_forever()
 
         for _ in range(connections):
@@ -47,25 +48,22 @@ async def client(port: int, connections: int, requests: int) -> None:
         nursery.cancel_scope.cancel()
 
 
-def measure(port_server: object, requests: int, connections: int) -> dict[str, float]:
-    server = port_server
-    import subprocess
-
-    idle = server.ask(ask="stats")["rss"]  # type: ignore[attr-defined]
+def measure(server: Server, requests: int, connections: int) -> dict[str, float]:
+    idle = server.ask(ask="stats")["rss"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.inflight", "--client", json.dumps([server.port, connections, requests])],  # type: ignore[attr-defined]
+        [sys.executable, "-m", "bench.inflight", "--client", json.dumps([server.port, connections, requests])],
         stdin=subprocess.PIPE,
         text=True,
     )
     assert process.stdin is not None
     began = time.monotonic()
-    server.ask(ask="wait_in_flight", count=requests)  # type: ignore[attr-defined]
+    server.ask(ask="wait_in_flight", count=requests)
     opened = time.monotonic() - began
-    full = server.ask(ask="stats")["rss"]  # type: ignore[attr-defined]
+    full = server.ask(ask="stats")["rss"]
     reset = time.monotonic_ns()
     process.stdin.write("\n")
     process.stdin.flush()
-    idle_at = server.ask(ask="wait_idle")["ns"]  # type: ignore[attr-defined]
+    idle_at = server.ask(ask="wait_idle")["ns"]
     process.wait(60)
     return {
         "requests": requests,
@@ -77,19 +75,17 @@ def measure(port_server: object, requests: int, connections: int) -> dict[str, f
     }
 
 
-def from_inside(server: object, requests: int, connections: int) -> dict[str, float]:
-    import subprocess
-
+def from_inside(server: Server, requests: int, connections: int) -> dict[str, float]:
     process = subprocess.Popen(
-        [sys.executable, "-m", "bench.inflight", "--client", json.dumps([server.port, connections, requests])],  # type: ignore[attr-defined]
+        [sys.executable, "-m", "bench.inflight", "--client", json.dumps([server.port, connections, requests])],
         stdin=subprocess.PIPE,
         text=True,
         stderr=subprocess.DEVNULL,
     )
     assert process.stdin is not None
-    server.ask(ask="wait_in_flight", count=requests)  # type: ignore[attr-defined]
-    answer = server.ask(ask="drop")  # type: ignore[attr-defined]
-    server.ask(ask="wait_idle")  # type: ignore[attr-defined]
+    server.ask(ask="wait_in_flight", count=requests)
+    answer = server.ask(ask="drop")
+    server.ask(ask="wait_idle")
     process.kill()
     process.wait(60)
     return {"us_per_cancel": round(answer["seconds"] / answer["count"] * 1e6, 2)}
@@ -112,8 +108,9 @@ def main() -> None:
             for requests, connections in ((100, 1), (1_000, 10), (10_000, 100)):
                 rows.append(measure(server, requests, connections) | from_inside(server, requests, connections))
     text = table(list(rows[0]), [list(row.values()) for row in rows]) + (
-        "\n\nreset_all: from telling the client to reset every call until the server has none in flight (client and server share two "
-        "cores, so it includes the client's own work). us_per_cancel: `request.cancel()` in a loop inside the server, network excluded."
+        "\n\nreset_all: from telling the client to reset every call until the server has none in flight (client and server share "
+        "two cores, so it includes the client's own work). us_per_cancel: `request.cancel()` in a loop inside the server, "
+        "network excluded."
     )
     save("inflight", "python -m bench inflight", {"rows": rows}, text, before)
 

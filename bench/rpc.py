@@ -16,7 +16,6 @@ import struct
 import subprocess
 import sys
 import tempfile
-import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -180,13 +179,8 @@ def main() -> None:
         + table(["server", "CPU µs/request", "range", "× grpc.aio echo", "requests/s"], rows)
         + ("" if triton else "\n\nThe real Triton was not measured: its wheel (nvidia-pytriton) is not installed.")
     )
-    save(
-        "rpc",
-        "python -m bench rpc",
-        {"rounds": figures, "cpu_us_ratio_to_grpc_aio": {n: round(m / echo, 3) for n, m in median.items()}},
-        text,
-        before,
-    )
+    ratios = {name: round(value / echo, 3) for name, value in median.items()}
+    save("rpc", "python -m bench rpc", {"rounds": figures, "cpu_us_ratio_to_grpc_aio": ratios}, text, before)
 
 
 if __name__ == "__main__":

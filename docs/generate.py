@@ -14,7 +14,7 @@ from pathlib import Path
 
 from triton_trio.lifecycle import TRANSITIONS, Outcome
 
-DOCS = Path(__file__).parent
+DOCS = Path(__file__).resolve().parent
 BLOCK = re.compile(r"(<!-- begin: (\S+) (\S+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
@@ -33,7 +33,10 @@ def life_cycle(_: str) -> str:
 def transition_table(_: str) -> str:
     """The same as a table: stages down, events across."""
     events = list(dict.fromkeys(event for row in TRANSITIONS.values() for event in row))
-    lines = ["| in stage | " + " | ".join(f"`{event.value}`" for event in events) + " |", "|---" * (len(events) + 1) + "|"]
+    lines = [
+        "| in stage | " + " | ".join(f"`{event.value}`" for event in events) + " |",
+        "|---" * (len(events) + 1) + "|",
+    ]
     for stage, row in TRANSITIONS.items():
         cells = [row[event].value if event in row else "" for event in events]
         lines.append(f"| **{stage.value}** | " + " | ".join(cells) + " |")

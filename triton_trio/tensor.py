@@ -156,7 +156,7 @@ def from_raw(
             raise _size_mismatch(array.nbytes, len(data), name, model, request_id)
         if datatype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
             # numpy takes for granted that a bool is 0 or 1; clients may send any byte for true.
-            array = array.view(np.uint8) != 0
+            array = np.not_equal(array.view(np.uint8), 0, out=np.empty(shape, bool))
             array.flags.writeable = False
     return array
 

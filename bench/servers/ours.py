@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
+from triton_trio.grpc.frontend import serve_grpc
 
 from bench.harness import rss_bytes
 from triton_trio import open_server
@@ -24,7 +25,6 @@ from triton_trio.backends import Backend, BackendInstance, BackendModel, ModelCo
 from triton_trio.backends.identity import IdentityBackend
 from triton_trio.backends.jax import JaxBackend
 from triton_trio.batch import Batch
-from triton_trio.grpc.frontend import serve_grpc
 from triton_trio.request import InferenceRequest, InferenceResponse
 from triton_trio.server import InferenceServer
 

@@ -19,7 +19,8 @@ async def lesson() -> None:
         say("2. We walk away. Leaving the Trio scope is the cancel; there is no other API to call.")
         with trio.move_on_after(0.25):
             await model.infer({"INPUT0": NUMBERS})
-        say(f"   gone, and so is the work: {model.instances[0].statistics().state.value}")
+        await trio.lowlevel.checkpoint()  # one step of the scheduler: the instance sees its execution cancelled
+        say(f"   gone, and so is the work: the instance is {model.instances[0].state.value}")
 
         say("3. Somebody else cancels our request. We are still here, so we are told, and why.")
         request = model.request({"INPUT0": NUMBERS}, request_id="mine")

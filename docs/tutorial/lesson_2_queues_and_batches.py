@@ -5,69 +5,71 @@ from stage import MODELS, run, say
 import triton_trio
 
 
-def row(value: float) -> dict[str, np.ndarray]:
-    return {"INPUT0": np.full((1, 2), value, np.float32)}
-
-
 async def lesson() -> None:
     async with triton_trio.open_server(MODELS) as server:
         await leaving_a_queue(server.model("one_at_a_time"))
         await owners_of_a_batch(server.model("batched"))
 
 
-async def leaving_a_queue(model: triton_trio.Model) -> None:
-    say("1. One request executes, three wait behind it.")
-    requests = [model.request({"INPUT0": np.zeros(2, np.float32)}, request_id=f"r{i}") for i in range(4)]
-
+async def start_all(
+    nursery: trio.Nursery, model: triton_trio.Model, requests: list[triton_trio.InferenceRequest]
+) -> None:
     async def ask(request: triton_trio.InferenceRequest) -> None:
         try:
             await model.infer(request)
-            say(f"   {request.request_id}: {request.outcome}")
         except triton_trio.RequestCancelled as error:
             say(f"   {error}")
 
+    for request in requests:
+        nursery.start_soon(ask, request, name=request.request_id)
+        await trio.testing.wait_all_tasks_blocked()  # so that they queue up in this order
+
+
+async def leaving_a_queue(model: triton_trio.Model) -> None:
+    say("1. One request executes, three wait behind it.")
+    requests = [model.request({"INPUT0": np.zeros(2, np.float32)}, request_id=f"r{i}") for i in range(4)]
     async with trio.open_nursery() as nursery:
-        for request in requests:
-            nursery.start_soon(ask, request, name=request.request_id)
+        await start_all(nursery, model, requests)
         await trio.sleep(0.5)
         say(f"   waiting: {[r.request_id for r in model.scheduler.queue]}")
         requests[2].cancel()
         # No await since the cancel: not a single task has run, and the place is free.
         say(f"   waiting: {[r.request_id for r in model.scheduler.queue]}, r2 is {requests[2].outcome}")
+    for request in requests:
+        say(f"   {request.request_id}: {request.outcome}, after {request.ended_at - request.received_at:.2f} s")
     say("   r3 began when r1 ended: the cancelled r2 cost nobody anything.")
 
 
 async def owners_of_a_batch(model: triton_trio.Model) -> None:
     instance = model.instances[0]
-    requests = [model.request(row(i), request_id=f"b{i}") for i in range(4)]
 
-    async def ask(request: triton_trio.InferenceRequest) -> None:
-        try:
-            response = await model.infer(request)
-            say(f"   {request.request_id}: answer {response.outputs['OUTPUT0']}")
-        except triton_trio.RequestCancelled:
-            say(f"   {request.request_id}: cancelled")
+    def four(name: str) -> list[triton_trio.InferenceRequest]:
+        rows = [np.full((1, 2), i, np.float32) for i in range(4)]
+        return [model.request({"INPUT0": row}, request_id=f"{name}{i}") for i, row in enumerate(rows)]
 
     say("2. Four requests share one execution. Two leave; the others do not notice.")
+    requests = four("b")
     async with trio.open_nursery() as nursery:
-        for request in requests:
-            nursery.start_soon(ask, request, name=request.request_id)
+        await start_all(nursery, model, requests)
         await trio.sleep(0.5)
-        say(f"   {instance.batch}")
         for request in requests[:2]:
             request.cancel()
-        say(f"   {instance.batch}")
+            await trio.testing.wait_all_tasks_blocked()
+            say(f"   {instance.batch}")
+    for request in requests:
+        say(f"   {request.request_id}: {request.outcome}, after {request.ended_at - request.received_at:.2f} s")
 
     say("3. Four share one execution, and all four leave. With the last, the execution is cancelled.")
-    requests = [model.request(row(i), request_id=f"c{i}") for i in range(4)]
+    requests = four("c")
     async with trio.open_nursery() as nursery:
-        for request in requests:
-            nursery.start_soon(ask, request, name=request.request_id)
+        await start_all(nursery, model, requests)
         await trio.sleep(0.5)
+        batch = instance.batch
         for request in requests:
             request.cancel()
-            say(f"   {request.request_id} leaves: {instance.batch}")
-        say(f"   the execution is {'cancelled' if instance.batch.scope.cancel_scope.cancel_called else 'running'}")
+            say(f"   {request.request_id} leaves: {batch}")
+            say(f"   the execution is {'cancelled' if batch.scope.cancel_scope.cancel_called else 'running'}")
+            await trio.testing.wait_all_tasks_blocked()
     say(f"   the instance is {instance.state.value}: it stopped half way, at its next checkpoint")
 
 

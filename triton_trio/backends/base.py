@@ -1,8 +1,8 @@
 """What a backend is: three abstract classes, one for each thing with a life of its own.
 
 ``Backend`` (one per server) opens models, ``BackendModel`` (one per loaded version) opens instances,
-``BackendInstance`` executes one batch at a time.  Models and instances are async context managers: what they acquire is released by leaving
-the block, whether the load finished, failed or was cancelled.
+``BackendInstance`` executes one batch at a time.  Models and instances are async context managers: what they acquire is
+released by leaving the block, whether the load finished, failed or was cancelled.
 
 A backend knows nothing of gRPC, queues or other requests.  It gets a :class:`~triton_trio.batch.Batch`, answers members
 with ``respond`` / ``send`` / ``finish`` / ``fail``, and puts ``await batch.checkpoint()`` where it can let go.

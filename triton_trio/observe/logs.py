@@ -51,15 +51,55 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
-class _Levels(logging.Filter):
-    """Triton switches each level on or off by itself."""
+class LogSettings(logging.Filter):
+    """What :func:`configure_logging` has set up, to be read and changed while the server runs.
 
-    def __init__(self, enabled: dict[int, bool]) -> None:
+    Triton switches each level on or off by itself, which a logger's threshold cannot say; so this is a filter.
+    """
+
+    def __init__(
+        self, handler: logging.Handler, *, verbose: int, info: bool, warning: bool, error: bool, style: Style, file: str
+    ) -> None:
         super().__init__()
-        self.enabled = enabled
+        self.file = file
+        self.info = info
+        self.warning = warning
+        self.error = error
+        self._handler = handler
+        self.update(verbose=verbose, style=style)
+
+    def update(
+        self,
+        *,
+        verbose: int | None = None,
+        info: bool | None = None,
+        warning: bool | None = None,
+        error: bool | None = None,
+        style: Style | None = None,
+    ) -> None:
+        """Change what is given; takes effect at once."""
+        self.info = self.info if info is None else info
+        self.warning = self.warning if warning is None else warning
+        self.error = self.error if error is None else error
+        if verbose is not None:
+            self.verbose = verbose
+            logging.getLogger("triton_trio").setLevel(logging.DEBUG if verbose > 0 else logging.INFO)
+        if style is not None:
+            self.style: Style = style
+            self._handler.setFormatter(JsonFormatter() if style == "json" else TritonFormatter(style))
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return self.enabled.get(record.levelno, True)
+        if record.levelno == logging.INFO:
+            return self.info
+        if record.levelno == logging.WARNING:
+            return self.warning
+        return self.error if record.levelno == logging.ERROR else True
+
+
+def log_settings() -> LogSettings | None:
+    """The settings made by :func:`configure_logging`; None where an embedder has configured logging instead."""
+    filters = (found for handler in logging.getLogger("triton_trio").handlers for found in handler.filters)
+    return next((found for found in filters if isinstance(found, LogSettings)), None)
 
 
 def configure_logging(
@@ -73,10 +113,12 @@ def configure_logging(
 ) -> logging.Handler:
     """Send the package's log lines to standard error, or to ``file``; returns the handler."""
     handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(JsonFormatter() if style == "json" else TritonFormatter(style))
-    handler.addFilter(_Levels({logging.INFO: info, logging.WARNING: warning, logging.ERROR: error}))
     logger = logging.getLogger("triton_trio")
+    handler.addFilter(
+        LogSettings(
+            handler, verbose=verbose, info=info, warning=warning, error=error, style=style, file=file or ""
+        )
+    )
     logger.handlers[:] = [handler]
     logger.propagate = False
-    logger.setLevel(logging.DEBUG if verbose > 0 else logging.INFO)
     return handler

@@ -14,12 +14,21 @@ from .scheduler import Scheduler as Scheduler
 from .scheduler import SchedulerStatistics as SchedulerStatistics
 
 if TYPE_CHECKING:
-    from ..config import ModelConfig
+    from .. import config
 
 
-def make_scheduler(config: ModelConfig) -> Scheduler:
+def _policy(policy: config.QueuePolicy) -> QueuePolicy:
+    return QueuePolicy(
+        timeout_action=TimeoutAction[policy.timeout_action],
+        default_timeout=policy.default_timeout_microseconds / 1e6,
+        allow_timeout_override=policy.allow_timeout_override,
+        max_queue_size=policy.max_queue_size,
+    )
+
+
+def make_scheduler(model: config.ModelConfig) -> Scheduler:
     """The scheduler that a model's configuration asks for."""
-    batching = config.dynamic_batching
+    batching = model.dynamic_batching
     if batching is None:
         return DefaultScheduler()
     levels = max(1, batching.priority_levels)
@@ -31,7 +40,7 @@ def make_scheduler(config: ModelConfig) -> Scheduler:
     )
     return DynamicBatcher(
         queue,
-        max_batch_size=max(1, config.max_batch_size),
+        max_batch_size=max(1, model.max_batch_size),
         preferred_sizes=batching.preferred_batch_size,
         max_queue_delay=batching.max_queue_delay_microseconds / 1e6,
         preserve_ordering=batching.preserve_ordering,
