@@ -33,7 +33,10 @@ Messages = Iterable[Request] | AsyncIterable[Request]
 
 
 class ServerStream(Protocol[Received, Sent]):
-    """The part of ``grpclib.server.Stream`` that generated code relies on: requests in, replies out."""
+    """The part of ``grpclib.server.Stream`` that services rely on: requests in, replies out."""
+
+    @property
+    def metadata(self) -> Mapping[str, str | bytes] | None: ...
 
     async def recv_message(self) -> Received | None: ...
     async def send_message(self, message: Sent) -> None: ...

@@ -115,9 +115,7 @@ def configure_logging(
     handler = logging.FileHandler(file) if file else logging.StreamHandler(sys.stderr)
     logger = logging.getLogger("triton_trio")
     handler.addFilter(
-        LogSettings(
-            handler, verbose=verbose, info=info, warning=warning, error=error, style=style, file=file or ""
-        )
+        LogSettings(handler, verbose=verbose, info=info, warning=warning, error=error, style=style, file=file or "")
     )
     logger.handlers[:] = [handler]
     logger.propagate = False
