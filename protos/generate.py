@@ -1,7 +1,7 @@
 """Regenerate every ``_pb`` package from the .proto files beside this script: ``python protos/generate.py [ROOT]``.
 
-A package gets one module of betterproto2 messages per proto package, one ``*_grpc`` module per service (a base class
-in grpclib's shape and a stub), and ``descriptors.bin``, the serialized FileDescriptorSet.
+A package gets one module of betterproto2 messages per proto package and one ``*_grpc`` module per service: a base class
+in grpclib's shape and a stub. The server's own package also gets ``descriptors.bin``, its serialized FileDescriptorSet.
 
 Messages come from betterproto2_compiler. Its services do not: they import asyncio, and their streaming calls are async
 generators that own a task. The service modules are written here, from the same descriptors.
@@ -51,6 +51,7 @@ class Package:
     directory: str
     files: tuple[str, ...]
     modules: dict[str, str]
+    descriptors: bool = False
 
 
 PACKAGES = (
@@ -58,6 +59,7 @@ PACKAGES = (
         "triton_trio/_pb",
         ("model_config.proto", "grpc_service.proto", "health.proto"),
         {"inference": "inference", "grpc.health.v1": "health"},
+        descriptors=True,
     ),
     Package("triton_trio/testing/_pb", ("echo.proto",), {"triton_trio.testing": "echo"}),
     Package("tests/_pb", ("codec_torture.proto",), {"triton_trio.torture": "torture"}),
@@ -172,13 +174,15 @@ def _ruff(*arguments: str, code: str) -> str:
 def generate(package: Package) -> dict[str, str | bytes]:
     """The files of one package by name."""
     described = FileDescriptorSet.parse(describe(package, "--include_imports", "--include_source_info"))
-    files = {"__init__.py": header(package.files)}
+    files: dict[str, str | bytes] = {"__init__.py": header(package.files)}
     files |= message_modules(package, described.file)
     for file in described.file:
         for index, service in enumerate(file.service):
             module = package.modules[file.package]
             files[f"{module}_grpc.py"] = tidy(service_module(file, index, service, module))
-    return {**files, "descriptors.bin": describe(package, "--include_imports")}
+    if package.descriptors:
+        files["descriptors.bin"] = describe(package, "--include_imports")
+    return files
 
 
 def main(root: Path) -> None:

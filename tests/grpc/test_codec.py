@@ -17,6 +17,7 @@ from tests._pb import torture
 from tests.grpc.messages import message_classes, messages, same
 from triton_trio._pb import health
 from triton_trio._pb import inference as pb
+from triton_trio._pb.inference_grpc import GrpcInferenceServiceBase
 from triton_trio.grpc import upb
 from triton_trio.grpc.codec import DecodeError, EncodeError, UpbCodec
 from triton_trio.testing._pb import echo
@@ -285,6 +286,18 @@ def test_protobuf_reads_what_we_write(message: pb.ModelConfig) -> None:
     theirs = model_config_pb2.ModelConfig.FromString(codec.encode(message, pb.ModelConfig))
     assert same(codec.decode(theirs.SerializeToString(), pb.ModelConfig), codec.decode(bytes(message), pb.ModelConfig))
     assert theirs == model_config_pb2.ModelConfig.FromString(bytes(message))
+
+
+def test_prepared_types_are_not_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    handlers = GrpcInferenceServiceBase().__mapping__().values()
+    codec.prepare(*(cls for handler in handlers for cls in (handler.request_type, handler.reply_type)), Timed)
+    monkeypatch.setattr("triton_trio.grpc.codec._codec_of", None)
+    for handler in handlers:
+        assert codec.decode(b"", handler.request_type) == handler.request_type()
+        assert codec.encode(handler.reply_type(), handler.reply_type) == b""
+    monkeypatch.undo()
+    with pytest.raises(TypeError, match="int is no message class"):
+        codec.prepare(int)
 
 
 def test_namesakes_from_elsewhere() -> None:

@@ -86,8 +86,9 @@ async def test_unary_stream() -> None:
 @pytest.mark.parametrize("asynchronous", [False, True])
 async def test_stream_unary(asynchronous: bool) -> None:
     async def asks() -> AsyncIterator[EchoRequest]:
-        yield ASK
-        yield ASK
+        for ask in (ASK, ASK):
+            await trio.lowlevel.checkpoint()
+            yield ask
 
     channel = ScriptedChannel(REPLY)
     assert await EchoStub(channel).stream_unary(asks() if asynchronous else [ASK, ASK]) is REPLY

@@ -29,13 +29,19 @@ class EncodeError(ValueError):
 class UpbCodec(CodecBase):
     """A codec for betterproto2 messages, and for any class that has ``SerializeToString`` and ``FromString``.
 
-    Stateless: one instance serves any number of connections. The first message of a type costs about a millisecond, in
-    which the type's converters are made.
+    Stateless: one instance serves any number of connections. The first message of a type waits until the type's
+    converters are made: 4 ms for ModelInferRequest, 17 ms for ModelConfig and all that it can hold. A server that must
+    not stall then calls :meth:`prepare`.
 
     **Cancellation:** never waits, so it is never cancelled half-way.
     """
 
     __content_subtype__ = "proto"
+
+    def prepare(self, *message_types: type[Any]) -> None:
+        """Make the converters of these types now. Raises :exc:`TypeError` for a class that is no message."""
+        for message_type in message_types:
+            _ = _codecs.get(message_type) or _codec_of(message_type)
 
     def encode(self, message: Any, message_type: Any) -> bytes:
         """The message's bytes.

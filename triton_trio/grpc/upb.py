@@ -14,13 +14,14 @@ betterproto2 class works, a user's too, and nothing clashes with generated code 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection, Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from threading import Lock
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import betterproto2
-from betterproto2 import FieldMetadata, ProtoClassMetadata
+from betterproto2 import FieldMetadata
 from google.protobuf import descriptor_pool, message_factory
 from google.protobuf.descriptor_pb2 import DescriptorProto, FieldDescriptorProto, FileDescriptorProto
 from google.protobuf.message import Message
@@ -177,14 +178,18 @@ def _name(cls: type) -> str:
     return f"betterproto2.{cls.__name__}_{_numbers[cls]}"
 
 
-def _fields(cls: type[betterproto2.Message]) -> Iterator[tuple[str, FieldMetadata, FieldMetadata, type[Any]]]:
+@cache
+def _fields(cls: type[betterproto2.Message]) -> list[tuple[str, FieldMetadata, FieldMetadata, type[Any]]]:
     """Of each field: its name, its metadata, and the metadata and class of one value (of a list, of a map)."""
-    known = cast(ProtoClassMetadata, cast(Any, cls)._betterproto)
-    for name, meta in known.meta_by_field_name.items():
-        if meta.map_meta:
-            yield name, meta, meta.map_meta[1], known.cls_by_field[f"{name}.value"]
-        else:
-            yield name, meta, meta, known.cls_by_field[name]
+    hints = cls._type_hints()
+    found = []
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]  # every generated message is a dataclass
+        meta, hint = FieldMetadata.get(field), hints[field.name]
+        inner = get_args(hint) or (hint,)  # of list[T], dict[K, T], T | None, T
+        found.append(
+            (field.name, meta, meta.map_meta[1], inner[1]) if meta.map_meta else (field.name, meta, meta, inner[0])
+        )
+    return found
 
 
 def _add(root: type[betterproto2.Message]) -> None:
