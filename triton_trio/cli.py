@@ -13,13 +13,14 @@ import signal
 import ssl
 import sys
 from collections.abc import Sequence
+from math import inf
 
 import trio
 
 from ._version import __version__
 from .errors import TritonError
-from .grpc import GrpcOptions
 from .grpc.frontend import serve_grpc
+from .grpc.server import GrpcOptions
 from .observe.logs import configure_logging
 from .server import InferenceServer, open_server
 
@@ -45,9 +46,9 @@ UNSUPPORTED = {
         "model-load-thread-count model-load-retry-count model-load-gpu-limit model-namespacing "
         "enable-peer-access host-policy min-supported-compute-capability repository-poll-secs "
         "grpc-infer-thread-count grpc-infer-allocation-pool-size grpc-max-response-pool-size "
-        "grpc-restricted-protocol grpc-header-forward-pattern grpc-http2-max-pings-without-data "
+        "reuse-grpc-port grpc-restricted-protocol grpc-header-forward-pattern grpc-http2-max-pings-without-data "
         "grpc-http2-min-recv-ping-interval-without-data grpc-http2-max-ping-strikes "
-        "grpc-keepalive-permit-without-calls allow-vertex-ai allow-sagemaker"
+        "allow-vertex-ai allow-sagemaker"
     ),
 }
 
@@ -81,9 +82,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--id", default="triton", help="the server's name in ServerMetadata")
 
     models = parser.add_argument_group("models").add_argument
-    models(
-        "--model-repository", "--model-store", action="append", default=[], metavar="DIR", help="may be repeated"
-    )
+    models("--model-repository", "--model-store", action="append", default=[], metavar="DIR", help="may be repeated")
     models("--model-control-mode", choices=["none", "explicit", "poll"], default="none")
     models("--load-model", action="append", default=[], metavar="NAME", help="explicit mode; '*' for all; repeatable")
     models("--disable-auto-complete-config", type=_flag, nargs="?", const=True, default=False, metavar="BOOL")
@@ -103,9 +102,9 @@ def make_parser() -> argparse.ArgumentParser:
     grpc("--allow-grpc", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
     grpc("--grpc-address", default="0.0.0.0", metavar="HOST")
     grpc("--grpc-port", type=int, default=8001, metavar="PORT", help="0 picks a free one and prints it")
-    grpc("--reuse-grpc-port", type=_flag, nargs="?", const=True, default=False, metavar="BOOL")
     grpc("--grpc-keepalive-time", type=int, default=7_200_000, metavar="MS")
     grpc("--grpc-keepalive-timeout", type=int, default=20_000, metavar="MS")
+    grpc("--grpc-keepalive-permit-without-calls", type=_flag, nargs="?", const=True, default=False, metavar="BOOL")
     grpc("--grpc-max-connection-age", type=int, default=0, metavar="MS", help="0: no limit")
     grpc("--grpc-max-connection-age-grace", type=int, default=0, metavar="MS", help="0: no limit")
     grpc("--grpc-infer-response-compression-level", choices=["none", "low", "medium", "high"], default="none")
@@ -210,8 +209,10 @@ def _grpc_options(args: argparse.Namespace) -> GrpcOptions:
     return GrpcOptions(
         keepalive_time=args.grpc_keepalive_time / 1e3,
         keepalive_timeout=args.grpc_keepalive_timeout / 1e3,
-        max_connection_age=args.grpc_max_connection_age / 1e3 or None,
-        response_compression=args.grpc_infer_response_compression_level != "none",
+        keepalive_without_streams=args.grpc_keepalive_permit_without_calls,
+        max_connection_age=args.grpc_max_connection_age / 1e3 or inf,
+        max_connection_age_grace=args.grpc_max_connection_age_grace / 1e3 or inf,
+        response_compression="" if args.grpc_infer_response_compression_level == "none" else "gzip",
     )
 
 
@@ -224,7 +225,6 @@ def _tls(args: argparse.Namespace) -> ssl.SSLContext | None:
             raise OSError(f"--{flag.replace('_', '-')} must name a PEM file; got {path!r}")
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=args.grpc_root_cert)
     context.load_cert_chain(args.grpc_server_cert, args.grpc_server_key)
-    context.set_alpn_protocols(["h2"])
     if args.grpc_use_ssl_mutual:
         context.verify_mode = ssl.CERT_REQUIRED
     return context

@@ -17,14 +17,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 import trio
-from triton_trio.grpc.frontend import serve_grpc
 
 from bench.harness import rss_bytes
 from triton_trio import open_server
-from triton_trio.backends import Backend, BackendInstance, BackendModel, ModelContext, Placement
-from triton_trio.backends.identity import IdentityBackend
-from triton_trio.backends.jax import JaxBackend
+from triton_trio.backends import DEFAULT_BACKENDS, Backend, BackendInstance, BackendModel, ModelContext, Placement
 from triton_trio.batch import Batch
+from triton_trio.grpc.frontend import serve_grpc
 from triton_trio.request import InferenceRequest, InferenceResponse
 from triton_trio.server import InferenceServer
 
@@ -123,13 +121,13 @@ async def main() -> None:
     logging.getLogger("triton_trio.cancel").setLevel(logging.WARNING)
     if args.record:
         backends = {
-            "identity": lambda: RecordedBackend(IdentityBackend()),
-            "jax": lambda: RecordedBackend(JaxBackend()),
+            name: lambda maker=maker: RecordedBackend(maker())  # type: ignore[misc]
+            for name, maker in DEFAULT_BACKENDS.items()
         }
         record_requests()
     async with open_server(args.models, explicit=bool(args.load), load_models=args.load, backends=backends) as server:
         addresses = await serve_grpc(server, host="127.0.0.1", port=0)
-        print("READY", json.dumps({"port": addresses[0][1]}), flush=True)
+        print("READY", json.dumps({"port": int(addresses[0].rpartition(":")[2])}), flush=True)
         async with trio.open_nursery() as nursery:
             # Owner: this nursery; ended by the signal below.
             nursery.start_soon(answer_questions, server, name="questions")
