@@ -150,14 +150,13 @@ def from_raw(
     try:
         array: Array = np.ndarray(shape, _FIXED[datatype], data)
     except (KeyError, ValueError, TypeError):
-        array = _from_raw_slow(datatype, shape, data, name, model, request_id)
-    else:
-        if array.nbytes != len(data):
-            raise _size_mismatch(array.nbytes, len(data), name, model, request_id)
-        if datatype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
-            # numpy takes for granted that a bool is 0 or 1; clients may send any byte for true.
-            array = np.not_equal(array.view(np.uint8), 0, out=np.empty(shape, bool))
-            array.flags.writeable = False
+        return _from_raw_slow(datatype, shape, data, name, model, request_id)
+    if array.nbytes != len(data) or -1 in shape:  # to numpy, [-1] is as many as there are
+        return _from_raw_slow(datatype, shape, data, name, model, request_id)
+    if datatype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
+        # numpy takes for granted that a bool is 0 or 1; clients may send any byte for true.
+        array = np.not_equal(array.view(np.uint8), 0, out=np.empty(shape, bool))
+        array.flags.writeable = False
     return array
 
 

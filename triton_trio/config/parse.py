@@ -111,7 +111,7 @@ def _read_json(text: str) -> Any:
         raise InvalidArgument(f"not JSON: {exc}") from None
     except json_format.ParseError as exc:
         # Its further lines list every field there is.
-        reason = str(exc).partition("\n")[0]
+        reason = str(exc).partition("\n")[0].rstrip(".") + "."
         raise InvalidArgument(f"{reason}{_suggest(reason)}") from None
     except RecursionError:
         raise InvalidArgument("nested too deeply") from None
