@@ -139,10 +139,12 @@ class MessageStream(Http2Stream):
         self._needed = PREFIX_LENGTH
         while len(data) - position >= PREFIX_LENGTH:
             if data[position] > 1:
+                self._buffered = len(data) - position
                 self._fail(Status.INTERNAL, f"Malformed message prefix: compression flag is {data[position]}")
                 return
             length = int.from_bytes(data[position + 1 : position + PREFIX_LENGTH], "big")
             if length > self.max_receive:
+                self._buffered = len(data) - position
                 self._fail(
                     Status.RESOURCE_EXHAUSTED, f"Received message larger than max ({length} vs. {self.max_receive})"
                 )
@@ -174,8 +176,12 @@ class MessageStream(Http2Stream):
     def _fail(self, status: Status, message: str) -> None:
         self.failure = GRPCError(status, message)
         self._buffer.clear()
-        self.acknowledge(self._buffered - self._ahead)
-        self._buffered = self._ahead = 0
+        if self._messages:  # then what was acknowledged ahead belongs to the first of them
+            self.acknowledge(self._buffered)
+        else:
+            self.acknowledge(self._buffered - self._ahead)
+            self._ahead = 0
+        self._buffered = 0
 
     async def receive_frame(self) -> bytes | None:
         """The next message's payload, decompressed; None after the peer has half-closed (or closed) the stream.

@@ -291,11 +291,10 @@ class Connection:
                     if stream.cancel_reason is None and scope.cancel_called:
                         stream.cancel_reason = Reason.of(exc)
                     raise
+            # The handler may have swallowed a Cancelled, ours or one from outside: still no OK.
+            await trio.lowlevel.checkpoint_if_cancelled()
             if scope.cancel_called:
                 stream.finish_cancelled()
-            elif trio.current_effective_deadline() == -inf:
-                # A scope outside ours is cancelled and the handler has swallowed it: still no OK.
-                stream.finish_cancelled(Reason.SERVER_DRAIN)
             elif stream._messages_sent or stream.method.server_streaming or stream.local_ended:
                 stream.finish(Status.OK)
             else:
