@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import trio
@@ -15,8 +15,11 @@ import triton_trio
 from triton_trio._pb import inference as pb
 from triton_trio.backends import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from triton_trio.batch import Batch
+from triton_trio.grpc.frontend import serve_grpc
+from triton_trio.grpc.server import GrpcServer
 from triton_trio.tensor import DTYPES
 
+T = TypeVar("T")
 Script = Callable[[Batch], Awaitable[None]]
 
 IDENTITY = """
@@ -141,6 +144,36 @@ async def open_world(
     ) as server:
         yield server
         await assert_settled(server)
+
+
+@asynccontextmanager
+async def serve_world(
+    repository: Path, scripts: Mapping[str, Script] | None = None, **options: Any
+) -> AsyncIterator[tuple[triton_trio.InferenceServer, str]]:
+    """:func:`open_world` on a loopback socket: the server and its address; at the end no connection may be left."""
+    async with open_world(repository, scripts, **options) as server:
+        [address] = await serve_grpc(server, host="127.0.0.1", port=0)
+        [frontend] = server._serving
+        assert isinstance(frontend, GrpcServer)
+        yield server, address
+        await eventually(lambda: server.statistics().in_flight == 0)
+        await eventually(lambda: frontend.statistics().connections == 0)
+        statistics = frontend.statistics()
+        assert statistics.running == statistics.queued == statistics.incomplete == 0
+        assert statistics.started == statistics.finished
+
+
+async def eventually(condition: Callable[[], bool], limit: float = 5.0) -> None:
+    """Wait for what another thread's client causes over a real socket; there is no event for that."""
+    with trio.fail_after(limit):
+        while not condition():  # noqa: ASYNC110
+            await trio.sleep(0.002)
+
+
+async def in_thread(client: Callable[[], T]) -> T:
+    """Run a client's blocking code beside the server."""
+    with trio.fail_after(20):
+        return await trio.to_thread.run_sync(client, abandon_on_cancel=True)
 
 
 async def assert_settled(server: triton_trio.InferenceServer) -> None:

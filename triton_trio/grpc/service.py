@@ -52,7 +52,12 @@ class GrpcInferenceService(GrpcInferenceServiceBase):
         version = parse_version(request.version)
         if self._server.draining:
             raise Unavailable("Server not ready")
-        return pb.ModelReadyResponse(ready=self._server.model(request.name, version).ready)
+        try:
+            self._server.model(request.name, version)
+        except Unavailable:
+            # Known, but not loaded or without an instance: an answer, where an unknown model is an error.
+            return pb.ModelReadyResponse(ready=False)
+        return pb.ModelReadyResponse(ready=True)
 
     async def server_metadata(self, request: pb.ServerMetadataRequest) -> pb.ServerMetadataResponse:
         server = self._server
