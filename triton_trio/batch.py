@@ -32,8 +32,9 @@ class Member:
     __slots__ = (
         "batch",
         "left_at",
-        "released_at",
+        "released",
         "request",
+        "scope",
         "served",
         "start",
         "steps_after_cancel",
@@ -47,7 +48,9 @@ class Member:
         self.stop = start + request.batch_size
         self.served = False
         self.left_at: float | None = None
-        self.released_at: float | None = None
+        self.released = False
+        #: A backend that runs each member in a scope of its own puts it here: cancelled when the member leaves.
+        self.scope: trio.CancelScope | None = None
         #: Device steps dispatched or finished for this member after it was cancelled; the backend counts them.
         self.steps_after_cancel = 0
 
@@ -72,8 +75,8 @@ class Member:
 
     def release(self) -> None:
         """The device holds nothing for this member any more.  Idempotent; the instance calls it at the latest."""
-        if self.released_at is None:
-            self.released_at = trio.current_time()
+        if not self.released:
+            self.released = True
             self.batch.on_released(self)
 
 
@@ -163,6 +166,8 @@ class Batch:
         if member is None or not member.live:
             return
         member.left_at = trio.current_time()
+        if member.scope is not None:
+            member.scope.cancel(reason=reason.value)
         if self.scope.leave(request, reason):
             self._on_abandoned(self)
 

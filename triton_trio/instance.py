@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import trio
 
-from .batch import Batch, Member
+from .batch import Batch, Hand, Member
 from .errors import InternalError, TritonError
 from .observe.cancel_log import log_cancelled
 from .scopes import Reason
@@ -71,7 +71,7 @@ class ModelInstance:
         self._watchdogs = watchdogs
         self._released: trio.Event | None = None
         order = model.scheduler.order
-        self._hand: Callable[[InferenceRequest, Callable[[], None]], None] | None = order and order.hand_over
+        self._hand: Hand | None = None if order is None else order.hand_over
         self._output_names = tuple(output.name for output in model.config.outputs)
 
     @property

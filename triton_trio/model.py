@@ -260,10 +260,11 @@ class Model:
             Placement(
                 name=f"{group.name or self.name}_{index}",
                 kind=group.kind,
-                device=group.gpus[index % len(group.gpus)] if group.gpus else 0,
+                device=device,
             )
             for group in self.config.instance_groups
-            for index in range(group.count)
+            # `count` is for each listed GPU; without a list, for the one device that the backend chooses.
+            for index, device in enumerate(device for device in group.gpus or (0,) for _ in range(group.count))
         ]
 
     def begin_unload(self) -> None:

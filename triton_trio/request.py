@@ -87,6 +87,8 @@ class InferenceRequest:
       timeout_us: the queue timeout asked for, in microseconds; 0 means the model's default.  It bounds the wait in
         the queue only; a deadline for the whole request is a deadline on the scope around the call.
       parameters: passed to the model as they are.
+      scope: the caller's scope, if it surrounds this one request and nothing else (that of a unary RPC does); by default
+        the request opens one of its own.  Whoever owns the scope sees its cancel through.
 
     **Cancellation:** cancelling the request is leaving the Trio scope around the call that serves it, or
     :meth:`cancel`.  Either way it is out of its queue or batch at that instant, and settled.
@@ -98,12 +100,12 @@ class InferenceRequest:
         "_error",
         "_final_delivered",
         "_on_settled",
+        "_owns_scope",
         "_senders",
         "batch_size",
         "bound_at",
         "ended_at",
         "enqueued_at",
-        "first_response_at",
         "generation",
         "inputs",
         "model_name",
@@ -132,6 +134,7 @@ class InferenceRequest:
         priority: int = 0,
         timeout_us: int = 0,
         parameters: Mapping[str, ParameterValue] | None = None,
+        scope: trio.CancelScope | None = None,
     ) -> None:
         self.inputs = inputs
         self.requested_outputs = requested_outputs
@@ -146,7 +149,8 @@ class InferenceRequest:
         self.signature: object = None
         self.queue_deadline = float("inf")
 
-        self.scope = trio.CancelScope()
+        self.scope = trio.CancelScope() if scope is None else scope
+        self._owns_scope = scope is None
         self.stage = Stage.RECEIVED
         self.outcome: Outcome | None = None
         self.reason: Reason | None = None
@@ -154,7 +158,6 @@ class InferenceRequest:
         self.received_at = 0.0
         self.enqueued_at = 0.0
         self.bound_at = 0.0
-        self.first_response_at = 0.0
         self.ended_at = 0.0
 
         self._buffer: deque[InferenceResponse] | None = None
@@ -251,7 +254,6 @@ class InferenceRequest:
         if self.outcome is not None or self._final_delivered:
             return
         if self.stage is Stage.EXECUTING:
-            self.first_response_at = trio.current_time()
             self.advance(Event.RESPOND)
         self._final_delivered = response.final
         if self._consumer is not None:
@@ -278,7 +280,8 @@ class InferenceRequest:
     # The caller's side
 
     def __enter__(self) -> InferenceRequest:
-        self.scope.__enter__()
+        if self._owns_scope:
+            self.scope.__enter__()
         return self
 
     def __exit__(
@@ -296,6 +299,8 @@ class InferenceRequest:
                 self._settle_cancelled(Reason.CALLER)
             else:
                 self.settle(Event.FAIL)
+        if not self._owns_scope:
+            return False
         absorbed = self.scope.__exit__(exc_type, exc, tb)
         if (absorbed if exc is not None else self.scope.cancel_called) and self.outcome is not Outcome.OK:
             # Somebody else cancelled this request, and the caller is still here to be told.

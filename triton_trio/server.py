@@ -194,8 +194,7 @@ async def open_server(
     **Cancellation:** cancelling the scope around the block cancels frontends, then models, and waits for the devices
     (at most ``release_limit``).  Nothing is left running.
     """
-    single = isinstance(model_repository, str | PathLike)
-    paths = [model_repository] if single else list(model_repository)  # type: ignore[list-item, arg-type]
+    paths = [model_repository] if isinstance(model_repository, str | PathLike) else model_repository
     # Watchdogs are outermost: they bound how long leaving everything inside may take.
     async with trio.open_nursery() as watchdogs:
         async with trio.open_nursery() as models:
