@@ -6,6 +6,8 @@ scope inside that one, and Trio does the rest.
 
 from __future__ import annotations
 
+from grpclib.const import Handler
+
 from .._pb import inference as pb
 from .._pb.inference_grpc import GrpcInferenceServiceBase
 from ..config import config_to_pb
@@ -30,6 +32,12 @@ class GrpcInferenceService(GrpcInferenceServiceBase):
         self._inference = Inference(server)
 
     # Inference
+
+    def __mapping__(self) -> dict[str, Handler]:
+        mapping = super().__mapping__()
+        path = "/inference.GRPCInferenceService/ModelInfer"
+        mapping[path] = mapping[path]._replace(func=self._inference.infer_unary)
+        return mapping
 
     async def model_infer(self, request: pb.ModelInferRequest) -> pb.ModelInferResponse:
         return await self._inference.infer(request)

@@ -18,6 +18,7 @@ from ..model import Model
 from ..request import InferenceRequest, InferenceResponse, ParameterValue
 from ..server import InferenceServer
 from ..tensor import classification, datatype_of, from_contents, from_raw, to_raw
+from .stream import Stream
 
 EMPTY_FINAL = "triton_enable_empty_final_response"
 FINAL_RESPONSE = "triton_final_response"
@@ -68,17 +69,40 @@ class Inference:
             raise Unavailable("GRPC server is shutting down and has stopped accepting new requests.")
         return self._server.model(message.model_name, parse_version(message.model_version))
 
+    async def infer_unary(self, stream: Stream[pb.ModelInferRequest, pb.ModelInferResponse]) -> None:
+        """The handler of ModelInfer: an RPC that serves one request and nothing else, so its scope is the request's.
+
+        **Cancellation:** as :meth:`infer`.  If the client is still there, it reads the request's own words.
+        """
+        message = await stream.recv_message()
+        if message is None:
+            return
+        model = self._unary_model(message)
+        request, classes = decode_request(message, stream.cancel_scope)
+        try:
+            response = await model.infer(request)
+        except trio.Cancelled:
+            stream.cancel_message = request.ended_error().message
+            raise
+        if classes:
+            response = await self.classify(model, response, classes)
+        await stream.send_message(encode_response(response))
+
+    def _unary_model(self, message: pb.ModelInferRequest) -> Model:
+        model = self.model(message)
+        if model.config.decoupled:
+            raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+        return model
+
     async def infer(self, message: pb.ModelInferRequest, *, stream: bool = False) -> pb.ModelInferResponse:
-        """The one response to ``message``; ``stream`` as for :func:`encode_response`.
+        """The one response to ``message``, in a scope of its own; ``stream`` as for :func:`encode_response`.
 
         Raises:
           TritonError: what is wrong with the request, or happened to it.
 
         **Cancellation:** as :meth:`triton_trio.Model.infer`.  The request is in its queue before the first checkpoint.
         """
-        model = self.model(message)
-        if model.config.decoupled:
-            raise Unsupported("ModelInfer RPC doesn't support models with decoupled transaction policy")
+        model = self._unary_model(message)
         request, classes = decode_request(message)
         response = await model.infer(request)
         if not classes:
@@ -116,8 +140,10 @@ def _read_labels(model: Model) -> dict[str, tuple[str, ...]]:
     return labels
 
 
-def decode_request(message: pb.ModelInferRequest) -> tuple[InferenceRequest, Classes]:
-    """The request in ``message``, whose arrays are views of the message's bytes.
+def decode_request(
+    message: pb.ModelInferRequest, scope: trio.CancelScope | None = None
+) -> tuple[InferenceRequest, Classes]:
+    """The request in ``message``, whose arrays are views of the message's bytes; ``scope`` as for the request.
 
     Raises:
       InvalidArgument: a parameter of the wrong type, a tensor without data or with data of the wrong size.
@@ -177,6 +203,7 @@ def decode_request(message: pb.ModelInferRequest) -> tuple[InferenceRequest, Cla
         priority=priority,
         timeout_us=max(timeout, 0),
         parameters=parameters,
+        scope=scope,
     )
     return request, classes
 

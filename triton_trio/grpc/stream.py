@@ -20,16 +20,16 @@ from multidict import MultiDict
 from ..scopes import Reason
 from .framing import ACCEPT_ENCODING, MessageStream
 from .http2 import Http2Connection
+from .http2_stream import RawHeaders
 
 if TYPE_CHECKING:
-    from .server import Connection, Peer
+    from .connection import Connection, Peer
 
 logger = logging.getLogger("triton_trio.grpc")
 
 RecvT = TypeVar("RecvT")
 SendT = TypeVar("SendT")
 MetadataLike = Mapping[str, str | bytes] | Collection[tuple[str, str | bytes]]
-RawHeaders = tuple[tuple[bytes, bytes], ...]
 
 _OK_TRAILERS = ((b"grpc-status", b"0"),)
 
@@ -75,8 +75,19 @@ class Stream(MessageStream, Generic[RecvT, SendT]):
     method that sends or receives raises ``Cancelled`` then, even if it had nothing to wait for.
     """
 
-    __slots__ = ("_connection", "_messages_sent", "_metadata", "_received", "_responded", "_started", "cancel_reason",
-                 "cancel_scope", "headers", "method")
+    __slots__ = (
+        "_connection",
+        "_messages_sent",
+        "_metadata",
+        "_received",
+        "_responded",
+        "_started",
+        "cancel_message",
+        "cancel_reason",
+        "cancel_scope",
+        "headers",
+        "method",
+    )
 
     def __init__(
         self, connection: Connection, http2: Http2Connection, stream_id: int, method: Method, headers: RawHeaders
@@ -87,6 +98,7 @@ class Stream(MessageStream, Generic[RecvT, SendT]):
         self.headers = headers  #: as they came, pseudo-headers included
         self.cancel_scope = trio.CancelScope()
         self.cancel_reason: Reason | None = None  #: who cancelled; the first one counts
+        self.cancel_message = ""  #: what to tell a client that is still there, instead of the reason's text
         self._connection = connection
         self._metadata: MultiDict[str | bytes] | None = None
         self._started = False
@@ -262,7 +274,7 @@ class Stream(MessageStream, Generic[RecvT, SendT]):
         if answer is None:
             self.reset()
         else:
-            self.finish(*answer)
+            self.finish(answer[0], self.cancel_message or answer[1])
 
     def _derived_reason(self) -> Reason:
         return Reason.DEADLINE if trio.current_time() >= self.cancel_scope.deadline else Reason.CALLER
