@@ -1,0 +1,313 @@
+"""The device thread by itself, with programs that end when the test says so: order, windows, cancels, late answers."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import trio
+
+from triton_trio.backends.jax import DeviceJob, DeviceState, DeviceThread, Turn
+from triton_trio.backends.jax.device import WINDOW, Barrier
+from triton_trio.errors import InternalError, Unavailable
+from triton_trio.testing.device import DeviceGate
+
+
+class Program(Turn):
+    """A program without a device; says in ``log`` what happens to it."""
+
+    steps = 1
+
+    def __init__(self, label: str, log: list[str], error: str = "", *, early: bool = False) -> None:
+        self.label = label
+        self.log = log
+        self.error = error
+        self.reply_when_done = not early
+
+    def dispatch(self) -> bool:
+        self.log.append(self.label)
+        return True
+
+    def wait(self) -> None:
+        if self.error:
+            raise RuntimeError(self.error)
+
+    def ready(self) -> bool:
+        return True
+
+
+@pytest.fixture
+async def gate() -> DeviceGate:
+    return DeviceGate()
+
+
+@pytest.fixture
+async def device(gate: DeviceGate):
+    thread = DeviceThread("fake", executor=gate)
+    yield thread
+    gate.open()
+    thread.close()
+
+
+async def test_turns_complete_in_order_and_the_window_is_two(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    with trio.fail_after(10):
+        async with DeviceJob(device, "job") as job:
+            for label in "abcd":
+                job.submit(Program(label, log))
+            await gate.wait_dispatched(WINDOW)
+            await trio.testing.wait_all_tasks_blocked()
+            assert log == ["a", "b"]
+            gate.let_end()
+            await job.next()
+            await gate.wait_dispatched(3)
+            assert log == ["a", "b", "c"]
+            gate.open()
+            for _ in range(3):
+                await job.next()
+    assert device.statistics().chunks == 4
+    assert device.statistics().jobs == 0
+
+
+async def test_two_jobs_take_turns(device: DeviceThread, gate: DeviceGate) -> None:
+    # One model with much to do and one that comes later: the chunk is the quantum.
+    log: list[str] = []
+    with trio.fail_after(10):
+        async with DeviceJob(device, "long") as long, DeviceJob(device, "short") as short:
+            for index in range(5):
+                long.submit(Program(f"long{index}", log))
+            await gate.wait_dispatched(WINDOW)
+            for index in range(3):
+                short.submit(Program(f"short{index}", log))
+            gate.open()
+            for _ in range(5):
+                await long.next()
+            for _ in range(3):
+                await short.next()
+    assert log == ["long0", "long1", "long2", "short0", "long3", "short1", "long4", "short2"]
+
+
+async def test_c6_no_dispatch_after_the_cancel_and_the_exception_waits_for_the_device(
+    device: DeviceThread, gate: DeviceGate
+) -> None:
+    log: list[str] = []
+    passed_on = trio.Event()
+
+    async def work(scope: trio.CancelScope) -> None:
+        with scope:
+            async with DeviceJob(device, "job") as job:
+                for label in "abcde":
+                    job.submit(Program(label, log))
+                while True:
+                    await job.next()
+        passed_on.set()
+
+    scope = trio.CancelScope()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work, scope)
+            await gate.wait_dispatched(WINDOW)
+            scope.cancel()
+            gate.let_end()  # the running one ends; the queued one still runs
+            await gate.wait_ended(1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not passed_on.is_set()
+            gate.let_end()
+            await passed_on.wait()
+    assert log == ["a", "b"]
+    statistics = device.statistics()
+    assert statistics.cancels == 1
+    assert 0 < statistics.last_cancel_seconds == statistics.max_cancel_seconds
+
+
+async def test_a_cancel_in_line_never_reaches_the_device(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    with trio.fail_after(10):
+        async with DeviceJob(device, "first") as first:
+            first.submit(Program("a", log))
+            first.submit(Program("b", log))
+            await gate.wait_dispatched(WINDOW)
+            with trio.move_on_after(0) as scope:
+                async with DeviceJob(device, "second") as second:
+                    await second.call(Program("never", log))
+            assert scope.cancelled_caught
+            gate.open()
+            await first.next()
+            await first.next()
+    assert log == ["a", "b"]
+
+
+async def test_a_job_can_be_used_again_after_an_inner_cancel(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    with trio.fail_after(10):
+        async with DeviceJob(device, "job") as job:
+            async with trio.open_nursery() as nursery:
+                inner = trio.CancelScope()
+
+                async def wait() -> None:
+                    with inner:
+                        await job.call(Program("a", log))
+
+                nursery.start_soon(wait)
+                await gate.wait_dispatched(1)
+                inner.cancel()
+                gate.open()
+            assert inner.cancelled_caught
+            await job.call(Program("b", log))
+    assert log == ["a", "b"]
+
+
+async def test_leaving_the_block_waits_for_programs_nobody_awaits(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    left = trio.Event()
+
+    async def work() -> None:
+        async with DeviceJob(device, "job") as job:
+            await job.call(Program("a", log, early=True))
+        left.set()
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work)
+            await gate.wait_dispatched(1)
+            await trio.testing.wait_all_tasks_blocked()
+            assert not left.is_set()
+            gate.open()
+    assert gate.ended == 1
+
+
+async def test_a_barrier_returns_when_one_program_is_left(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    with trio.fail_after(10):
+        async with DeviceJob(device, "job") as job:
+            await job.call(Program("a", log, early=True))
+            await job.call(Barrier(behind=1))
+            await job.call(Program("b", log, early=True))
+            job.submit(Barrier(behind=1))
+            with trio.CancelScope():
+                await trio.testing.wait_all_tasks_blocked()
+            assert gate.ended == 0
+            gate.let_end()
+            await job.next()
+            assert gate.ended == 1
+            gate.open()
+
+
+async def test_an_error_belongs_to_its_job_and_the_next_one_is_fine(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    gate.open()
+    with trio.fail_after(10):
+        async with DeviceJob(device, "bad") as bad, DeviceJob(device, "good") as good:
+            bad.submit(Program("a", log, "out of memory"))
+            bad.submit(Program("b", log))
+            bad.submit(Program("c", log))
+            good.submit(Program("d", log))
+            with pytest.raises(InternalError, match="bad failed on device fake: RuntimeError: out of memory"):
+                await bad.next()
+            await good.next()
+        async with DeviceJob(device, "bad again") as again:
+            await again.call(Program("e", log))
+    assert log[-1] == "e"
+    assert device.statistics().failures == 1
+    assert device.state is DeviceState.READY
+
+
+async def test_a_job_has_one_waiter(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    with trio.fail_after(10):
+        async with DeviceJob(device, "job") as job, trio.open_nursery() as nursery:
+            nursery.start_soon(job.call, Program("a", log))
+            await gate.wait_dispatched(1)
+            with pytest.raises(RuntimeError, match="used by two tasks at once"):
+                await job.call(Program("b", log))
+            gate.open()
+
+
+async def test_b5_b6_abandoned_job_ends_now_and_late_completions_are_dropped(
+    device: DeviceThread, gate: DeviceGate
+) -> None:
+    log: list[str] = []
+
+    async def work(scope: trio.CancelScope) -> None:
+        with scope, pytest.raises(Unavailable, match="does not come back"):
+            async with DeviceJob(device, "job") as job:
+                for label in "abc":
+                    job.submit(Program(label, log))
+                await job.next()
+
+    scope = trio.CancelScope()
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(work, scope)
+            await gate.wait_dispatched(WINDOW)
+            scope.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            device.abandon("it does not come back")
+        assert device.state is DeviceState.DEAD
+        with pytest.raises(Unavailable, match="device fake is dead; reload the model"):
+            async with DeviceJob(device, "next"):
+                pass
+        gate.open()  # and now it does
+        await gate.wait_ended(2)
+        while device.statistics().dropped < 3:  # two programs, and the news that all is drained
+            await trio.lowlevel.checkpoint()
+    assert log == ["a", "b"]
+
+
+def test_b6_completions_after_the_loop_has_ended_are_dropped() -> None:
+    end = threading.Event()
+    ended = threading.Event()
+
+    class Late(Program):
+        def wait(self) -> None:
+            end.wait(10)
+            ended.set()
+
+    async def main() -> DeviceThread:
+        device = DeviceThread("late")
+        dispatched: list[str] = []
+        async with DeviceJob(device, "job") as job:
+            job.submit(Late("a", dispatched))
+            while not dispatched:
+                await trio.lowlevel.checkpoint()
+            device.abandon("it does not come back")
+        device.close()
+        return device
+
+    device = trio.run(main)
+    end.set()
+    assert ended.wait(10)
+    device._thread.join(10)
+    assert not device._thread.is_alive()
+    assert device.statistics().dropped == 1
+
+
+async def test_device_time_is_not_counted_twice(gate: DeviceGate) -> None:
+    now = 0.0
+    device = DeviceThread("fake", executor=gate, clock=lambda: now)
+    log: list[str] = []
+    with trio.fail_after(10):
+        async with DeviceJob(device, "job") as job:
+            for label in "ab":
+                job.submit(Program(label, log))
+            await gate.wait_dispatched(2)
+            now = 3.0
+            gate.let_end()
+            first = await job.next()
+            now = 5.0
+            gate.let_end()
+            second = await job.next()
+    device.close()
+    assert (first.seconds, second.seconds) == (3.0, 2.0)
+    assert device.statistics().device_seconds == 5.0
+
+
+async def test_a_dispatch_to_an_idle_device_is_a_bubble(device: DeviceThread, gate: DeviceGate) -> None:
+    log: list[str] = []
+    gate.open()
+    with trio.fail_after(10):
+        async with DeviceJob(device, "job") as job:
+            await job.call(Program("a", log))
+            assert device.statistics().bubbles == 0  # the first one has nothing to follow
+            await job.call(Program("b", log))
+    assert device.statistics().bubbles == 1

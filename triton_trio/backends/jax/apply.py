@@ -1,0 +1,82 @@
+"""``apply(params, inputs) -> outputs``: one program, and one checkpoint after it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import trio
+
+from .device import Turn
+from .job import DeviceJob
+from .programs import precision
+from .turns import Slot, row_shapes, stack_inputs, start_copy, to_host, to_response
+
+if TYPE_CHECKING:
+    from ...batch import Batch
+    from ...request import Array
+    from .placed import PlacedModel
+    from .programs import ProgramSet
+
+
+class ApplyTurn(Turn):
+    steps = 1
+    last = True
+
+    def __init__(self, placed: PlacedModel, programs: ProgramSet, batch: Batch, slots: list[Slot]) -> None:
+        self._placed = placed
+        self._programs = programs
+        self._batch = batch
+        self._slots = slots
+        self._taken: list[Slot] = []
+        self._outputs: dict[str, Any] = {}
+        self.outputs: dict[str, Array] = {}
+
+    def dispatch(self) -> bool:
+        self._taken = [slot for slot in self._slots if slot.take()]
+        if not self._taken:
+            return False
+        placed = self._placed
+        shapes = row_shapes(self._batch, placed.config.inputs, batched=placed.batched)
+        inputs = stack_inputs(self._batch, shapes, self._programs.bucket, batched=placed.batched)
+        assert self._programs.apply is not None
+        with precision(placed.options.x64):
+            self._outputs = self._programs.apply(placed.params, inputs)
+        start_copy(self._outputs)
+        return True
+
+    def wait(self) -> None:
+        outputs, self._outputs = self._outputs, {}
+        try:
+            self.outputs = to_host(outputs)
+        finally:
+            for slot in self._taken:
+                slot.busy -= 1
+
+    def ready(self) -> bool:
+        return all(leaf.is_ready() for leaf in self._outputs.values())
+
+
+async def execute_apply(placed: PlacedModel, batch: Batch) -> None:
+    """Serve ``batch`` with one program.
+
+    **Cancellation:** a program that runs is waited for, one that is still in line is not dispatched.
+    """
+    programs = await placed.program_set(batch)
+    slots = [Slot(member) for member in batch.members]
+    turn = ApplyTurn(placed, programs, batch, slots)
+    batch.compute_infer_at = trio.current_time()
+    try:
+        async with DeviceJob(placed.device, placed.name) as job:
+            await job.call(turn)
+    finally:
+        batch.device_seconds += turn.seconds
+        if turn.seconds:
+            for slot in slots:
+                slot.member.steps_after_cancel += slot.member.left_at is not None
+    await batch.checkpoint()
+    batch.compute_output_at = trio.current_time()
+    for slot in slots:
+        if slot.member.live:
+            outputs = to_response(turn.outputs, slot.rows, placed.config.outputs, batched=placed.batched)
+            batch.respond(slot.member, outputs)
+        slot.release_if_left()

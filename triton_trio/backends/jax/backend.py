@@ -1,0 +1,190 @@
+"""The JAX backend: ``backend: "jax"`` in config.pbtxt, and plain functions in ``<version>/model.py``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from typing import TYPE_CHECKING
+
+import jax
+import trio
+
+from ...errors import InvalidArgument
+from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
+from .apply import execute_apply
+from .checks import check_config
+from .device import DeviceState, DeviceStatistics, DeviceThread, Executor
+from .explicit import FunctionCache, execute_explicit, warm_up
+from .loader import Form, ModelFunctions, find_functions, imported
+from .options import JaxOptions
+from .placed import PlacedModel, PlacedStatistics
+from .steps import execute_steps
+
+if TYPE_CHECKING:
+    from ...batch import Batch
+
+#: Seconds a Python thread may keep the GIL while a device thread waits for it; Python's own default is ten times that.
+SWITCH_INTERVAL = 5e-4
+
+
+@contextmanager
+def short_switch_interval(seconds: float = SWITCH_INTERVAL) -> Iterator[None]:
+    """Make Python threads give up the GIL sooner.  Process-wide; what was set before is set again.
+
+    With Python's 5 ms, an event loop that never rests delays each dispatch of the device thread by up to 5 ms, more
+    than a whole chunk takes.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, seconds))
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
+
+
+class Devices:
+    """The device threads of one backend: started with a device's first user, ended with its last."""
+
+    def __init__(self, executor: Callable[[str], Executor]) -> None:
+        self._executor = executor
+        self._threads: dict[jax.Device, tuple[DeviceThread, list[object]]] = {}
+        self._settings = ExitStack()
+
+    def statistics(self) -> tuple[DeviceStatistics, ...]:
+        return tuple(thread.statistics() for thread, _ in self._threads.values())
+
+    @contextmanager
+    def use(self, device: jax.Device) -> Iterator[DeviceThread]:
+        """The thread of ``device``; a dead one is replaced."""
+        if not self._threads:
+            self._settings.enter_context(short_switch_interval())
+        entry = self._threads.get(device)
+        if entry is None or entry[0].state is DeviceState.DEAD:
+            name = f"{device.platform}:{device.id}"
+            entry = self._threads[device] = (DeviceThread(name, executor=self._executor(name)), [])
+        thread, users = entry
+        user = object()
+        users.append(user)
+        try:
+            yield thread
+        finally:
+            users.remove(user)
+            if not users:
+                thread.close()
+                if self._threads.get(device) is entry:
+                    del self._threads[device]
+            if not self._threads:
+                self._settings.close()
+
+
+class JaxInstance(BackendInstance):
+    def __init__(self, placed: PlacedModel, functions: FunctionCache) -> None:
+        self._placed = placed
+        self._functions = functions
+
+    async def execute(self, batch: Batch) -> None:
+        with self._placed.counted(batch):
+            form = self._placed.functions.form
+            if form is Form.STEPS:
+                await execute_steps(self._placed, batch)
+            elif form is Form.APPLY:
+                await execute_apply(self._placed, batch)
+            else:
+                await execute_explicit(self._placed, self._functions, batch)
+
+    def abandon(self) -> None:
+        self._placed.device.abandon("the device did not let go in time after a cancel; reload the model")
+
+
+class JaxModel(BackendModel):
+    """One loaded version; each device it is placed on has its own parameters and programs."""
+
+    def __init__(self, context: ModelContext, functions: ModelFunctions, options: JaxOptions, devices: Devices) -> None:
+        self._context = context
+        self._functions = functions
+        self._options = options
+        self._devices = devices
+        self._placed: dict[jax.Device, tuple[PlacedModel, FunctionCache]] = {}
+
+    def statistics(self) -> tuple[PlacedStatistics, ...]:
+        """One for each device that the model is on."""
+        return tuple(placed.statistics() for placed, _ in self._placed.values())
+
+    @asynccontextmanager
+    async def open_instance(self, placement: Placement) -> AsyncIterator[JaxInstance]:
+        """The first instance on a device loads the parameters and compiles; the last one frees both.
+
+        **Cancellation:** see :meth:`PlacedModel.load`.
+        """
+        device = await trio.to_thread.run_sync(find_device, self._context.config.name, placement)
+        with self._devices.use(device) as thread:
+            entry = self._placed.get(device)
+            if entry is None:
+                placed = PlacedModel(self._context, self._functions, self._options, device, thread)
+                entry = self._placed[device] = (placed, FunctionCache(placed))
+            placed, functions = entry
+            placed.users += 1
+            try:
+                if placed.users == 1:
+                    await placed.load()
+                    if self._functions.form is Form.EXPLICIT:
+                        await warm_up(placed, functions)
+                    placed.loaded()
+                yield JaxInstance(placed, functions)
+            finally:
+                placed.users -= 1
+                if not placed.users:
+                    placed.unload()
+                    del self._placed[device]
+
+
+class JaxBackend(Backend):
+    """Serves models written for JAX; see :mod:`triton_trio.backends.jax.loader` for the three forms.
+
+    Args:
+      executor: makes, for the device of the given name, what calls it; for tests.
+    """
+
+    def __init__(self, executor: Callable[[str], Executor] = lambda name: Executor()) -> None:
+        self._devices = Devices(executor)
+
+    def statistics(self) -> tuple[DeviceStatistics, ...]:
+        """One for each device in use."""
+        return self._devices.statistics()
+
+    @asynccontextmanager
+    async def open_model(self, context: ModelContext) -> AsyncIterator[JaxModel]:
+        """Import model.py and recognise its form; instances do the rest.
+
+        **Cancellation:** before and after the import; nothing is left behind.
+        """
+        config = context.config
+        check_config(config)
+        options = JaxOptions.read(config)
+        path = context.version_directory / (config.default_model_filename or "model.py")
+        with ExitStack() as stack:
+            module = await trio.to_thread.run_sync(stack.enter_context, imported(path, config.name, context.version))
+            await trio.lowlevel.checkpoint()
+            functions = find_functions(module, path, config, max_steps=options.max_steps)
+            yield JaxModel(context, functions, options, self._devices)
+
+
+def find_device(model_name: str, placement: Placement) -> jax.Device:
+    """The JAX device of a placement.  Blocking: the first call starts JAX's backends."""
+    platform = {"KIND_CPU": "cpu", "KIND_GPU": "gpu"}.get(placement.kind)
+    try:
+        devices = jax.local_devices(backend=platform)
+    except RuntimeError as exc:
+        raise InvalidArgument(
+            f"model '{model_name}': instance {placement.name} wants {placement.kind}, and JAX has no {platform} here "
+            f"({exc}); it has {sorted({device.platform for device in jax.devices()})}"
+        ) from None
+    if platform == "cpu":
+        return devices[0]
+    if placement.device >= len(devices):
+        raise InvalidArgument(
+            f"model '{model_name}': instance {placement.name} wants device {placement.device}, JAX has {len(devices)}: "
+            + ", ".join(map(str, devices))
+        )
+    return devices[placement.device]

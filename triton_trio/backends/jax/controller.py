@@ -1,0 +1,59 @@
+"""How many steps to put into the next chunk, so that a chunk takes about as long as a cancel may."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def program_seconds(done: float, dispatched: float, previous_done: float) -> float:
+    """Device time of one program of a queue: from when the device could start it until it was done.
+
+    Counting from ``previous_done`` alone would take our own late dispatch for device time: the estimate would grow,
+    chunks would shrink, dispatch would be late more often, and the estimate would run away.
+    """
+    return max(0.0, done - max(previous_done, dispatched))
+
+
+class ChunkController:
+    """Picks K from a ladder of compiled chunk sizes: the largest whose steps fit into ``target`` seconds.
+
+    The time of a step is a moving average that believes a slow-down at once, because the target bounds the cancel
+    latency, and a speed-up slowly, because it only costs throughput.  One controller serves one set of programs (model,
+    device, bucket).  Written by the device thread only; others may read.
+
+    Args:
+      target: seconds.
+      ladder: chunk sizes, in steps.
+    """
+
+    SLOWER = 0.5
+    FASTER = 0.2
+
+    def __init__(self, target: float, ladder: Sequence[int]) -> None:
+        if not ladder or min(ladder) < 1 or target <= 0:
+            raise ValueError(f"need a positive target and chunk sizes of 1 or more, got {target!r} and {ladder!r}")
+        self.target = target
+        self.ladder = tuple(sorted(set(ladder)))
+        self.step_seconds: float | None = None  #: None until a chunk was measured
+        self.k = self.ladder[0]
+
+    def pick(self, left: int | None = None) -> int:
+        """Steps for the next chunk; at most ``left`` (steps that can still be useful) if the ladder goes as low."""
+        if left is None or self.k <= left:
+            return self.k
+        return max((k for k in self.ladder if k <= left), default=self.ladder[0])
+
+    def observe(self, steps: int, seconds: float) -> None:
+        """A chunk of ``steps`` occupied the device for ``seconds``."""
+        step = seconds / steps
+        if self.step_seconds is None:
+            self.step_seconds = step
+        else:
+            weight = self.SLOWER if step > self.step_seconds else self.FASTER
+            self.step_seconds += weight * (step - self.step_seconds)
+        self.k = max((k for k in self.ladder if k * self.step_seconds <= self.target), default=self.ladder[0])
+
+    @property
+    def too_slow(self) -> bool:
+        """Even the smallest chunk takes longer than the target."""
+        return self.step_seconds is not None and self.ladder[0] * self.step_seconds > self.target

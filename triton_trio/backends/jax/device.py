@@ -1,0 +1,322 @@
+"""One OS thread for each device: it makes every dispatch to the device and every wait for it.
+
+No API interrupts a running device program, and JAX by itself lets the host run 32 programs ahead.  So a device is
+used in short programs, *turns*, of which at most :data:`WINDOW` are on the device at a time: one runs, one is queued
+behind it to hide the host's part.  A turn is also the quantum of fairness: jobs (executions) take turns in rotation.
+
+Trio tasks never touch the device.  A task opens a :class:`~triton_trio.backends.jax.job.DeviceJob`, submits turns and awaits
+them; the thread answers with one ``TrioToken.run_sync_soon`` a turn.
+
+**Joined cancellation.**  When a task that waits for its job is cancelled, the abort function marks the job: from that
+moment no turn of it is dispatched.  If one is on the device, it says ``Abort.FAILED``: the thread waits for the device,
+and only then the task is rescheduled, with Trio's own ``Cancelled``.  So when a job's block has been left, the device is
+idle for it.  If the device never comes back, a watchdog calls :meth:`DeviceThread.abandon`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+import time
+import traceback
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
+
+import trio
+
+from .controller import program_seconds
+
+if TYPE_CHECKING:
+    from .job import DeviceJob
+
+LOGGER = logging.getLogger("triton_trio.jax")
+
+#: Programs on the device at a time: one running, one queued.
+WINDOW = 2
+
+
+class DeviceState(StrEnum):
+    READY = "ready"
+    DEAD = "dead"  #: a program did not come back and was given up; a reload starts a new thread
+    CLOSED = "closed"
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStatistics:
+    name: str
+    state: DeviceState
+    jobs: int  #: executions that are using the device now
+    chunks: int  #: programs with steps that have ended
+    steps: int  #: steps in them
+    bubbles: int  #: follow-up programs that were dispatched when the device had run out of work
+    failures: int  #: programs that raised
+    cancels: int  #: cancelled jobs that the device has let go of
+    last_cancel_seconds: float  #: from the latest cancel to the device being idle for it
+    max_cancel_seconds: float
+    device_seconds: float
+    dropped: int  #: completions that came when nobody could take them any more
+
+
+class Executor:
+    """How the thread talks to the device: directly.  Tests put a gate in its place (``triton_trio.testing.device``)."""
+
+    def dispatch(self, turn: Turn) -> bool:
+        return turn.dispatch()
+
+    def wait(self, turn: Turn) -> None:
+        turn.wait()
+
+    def ready(self, turn: Turn) -> bool:
+        return turn.ready()
+
+
+class Turn(ABC):
+    """One program for the device.  Its methods run in the device thread; its fields are read when it is complete."""
+
+    #: The submitter gets the turn back when it is done on the device; else already when it is dispatched.
+    reply_when_done = True
+    #: What the submitter wants to hear of this turn, and every turn behind it, is already known: drop those.
+    last = False
+    steps = 0  #: steps it makes; known when it is dispatched
+    seconds = 0.0  #: of device time; known when it is done
+    failure = ""  #: the text of what it raised; exceptions are never kept, for their frames pin arrays
+
+    @abstractmethod
+    def dispatch(self) -> bool:
+        """Put the program on the device, without waiting; False if there was nothing to do."""
+
+    @abstractmethod
+    def wait(self) -> None:
+        """Block until the device is done and the results are on the host; raises what the program raised."""
+
+    @abstractmethod
+    def ready(self) -> bool:
+        """Whether :meth:`wait` would not block."""
+
+    def done(self, seconds: float) -> None:  # noqa: B027  (most turns have nothing to do)
+        """Called after :meth:`wait` with the program's device time."""
+
+
+class Barrier(Turn):
+    """Complete when at most ``behind`` programs of the job are on the device; puts nothing on it."""
+
+    def __init__(self, behind: int) -> None:
+        self.behind = behind
+
+    def dispatch(self) -> bool:
+        return False
+
+    def wait(self) -> None:
+        """Nothing to wait for."""
+
+    def ready(self) -> bool:
+        return True
+
+
+class DeviceThread:
+    """The owner of one device.  Made and used in one Trio run.
+
+    **Cancellation:** nothing here is awaited; the jobs are.
+    """
+
+    def __init__(
+        self, name: str, *, executor: Executor | None = None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:
+        self.name = name
+        self.state = DeviceState.READY
+        self.clock = clock
+        self.mail: SimpleQueue[DeviceJob | None] = SimpleQueue()
+        # Of the Trio thread.
+        self.jobs: dict[DeviceJob, None] = {}
+        self.dropped = 0
+        self._cancels = 0
+        self._last_cancel = self._max_cancel = 0.0
+        self._executor = executor or Executor()
+        self._token = trio.lowlevel.current_trio_token()
+        # Of the device thread.
+        self._in_flight: deque[tuple[DeviceJob, Turn, float]] = deque()
+        self._ready: deque[DeviceJob] = deque()
+        self._closing = False
+        self._last_done = 0.0
+        self._chunks = self._steps = self._bubbles = self._failures = self._undeliverable = 0
+        self._device_seconds = 0.0
+        # Owner: whoever made this object; ended by close().  A daemon, so that a device that hangs cannot keep the
+        # process from exiting.
+        self._thread = threading.Thread(target=self._main, name=f"jax device {name}", daemon=True)
+        self._thread.start()
+
+    def __repr__(self) -> str:
+        return f"<DeviceThread {self.name} {self.state.value}>"
+
+    def close(self) -> None:
+        """End the thread.  Sync: all jobs are over, so the thread has nothing to wait for (unless it is dead)."""
+        if self.state is DeviceState.READY:
+            self.state = DeviceState.CLOSED
+            self.mail.put(None)
+            self._thread.join(timeout=5.0)
+        else:
+            self.mail.put(None)
+
+    def abandon(self, why: str) -> None:
+        """The device does not come back: every job on it ends with an error now; what comes later is dropped."""
+        if self.state is DeviceState.READY:
+            self.state = DeviceState.DEAD
+            LOGGER.error("device %s is given up: %s", self.name, why)
+            for job in tuple(self.jobs):
+                job.abandon(why)
+
+    def count_cancel(self, seconds: float) -> None:
+        """A cancelled job's device is idle, ``seconds`` after the cancel."""
+        self._cancels += 1
+        self._last_cancel = seconds
+        self._max_cancel = max(self._max_cancel, seconds)
+
+    def statistics(self) -> DeviceStatistics:
+        return DeviceStatistics(
+            name=self.name,
+            state=self.state,
+            jobs=len(self.jobs),
+            chunks=self._chunks,
+            steps=self._steps,
+            bubbles=self._bubbles,
+            failures=self._failures,
+            cancels=self._cancels,
+            last_cancel_seconds=self._last_cancel,
+            max_cancel_seconds=self._max_cancel,
+            device_seconds=self._device_seconds,
+            dropped=self.dropped + self._undeliverable,
+        )
+
+    # The device thread
+
+    def _main(self) -> None:
+        try:
+            while not self._closing:
+                self._read_mail(block=not self._ready and not self._must_wait())
+                self._fill()
+                if self._must_wait():
+                    self._retire_oldest()
+        except BaseException as exc:
+            # A bug in this file.  Whoever waits must hear of it, for nobody will ever answer again.
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self.abandon, f"its thread ended with {type(exc).__name__}: {exc}")
+            raise
+
+    def _must_wait(self) -> bool:
+        """Somebody needs the oldest program's end.
+
+        An explicit model's program that nobody asks for is not waited for: its author's next command would find the
+        thread asleep and be dispatched late.
+        """
+        return bool(self._in_flight) and (
+            bool(self._ready)
+            or any(turn.reply_when_done or job.draining or job.barrier for job, turn, _ in self._in_flight)
+        )
+
+    def _read_mail(self, *, block: bool) -> None:
+        while block or not self.mail.empty():
+            job = self.mail.get()
+            block = False
+            if job is None:
+                self._closing = True
+            elif job.draining:
+                job.drop_barrier()
+                self._post_if_drained(job)
+            elif job.turns and not job.in_rotation:
+                job.in_rotation = True
+                self._ready.append(job)
+
+    def _fill(self) -> None:
+        while self._ready and len(self._in_flight) < WINDOW:
+            self._dispatch(self._ready.popleft())
+
+    def _dispatch(self, job: DeviceJob) -> None:
+        job.in_rotation = False
+        turn = job.take_turn()
+        if turn is None:
+            return
+        if job.turns:
+            job.in_rotation = True
+            self._ready.append(job)
+        follows = job.started and self._in_flight_is_done()
+        try:
+            dispatched = self._executor.dispatch(turn)
+        except Exception as exc:  # noqa: BLE001  (whatever a model raises is that model's error)
+            self._fail(job, turn, exc)
+            dispatched = False
+        if dispatched:
+            self._bubbles += follows
+            job.started = True
+            self._in_flight.append((job, turn, self.clock()))
+            if not turn.reply_when_done:
+                self._complete(job, turn)
+            return
+        job.give_back()
+        if isinstance(turn, Barrier) and job.in_flight > turn.behind:
+            job.barrier = turn
+        else:
+            self._complete(job, turn)
+        self._post_if_drained(job)
+
+    def _in_flight_is_done(self) -> bool:
+        return not self._in_flight or self._executor.ready(self._in_flight[-1][1])
+
+    def _retire_oldest(self) -> None:
+        job, turn, dispatched_at = self._in_flight.popleft()
+        # Nobody looked when it ended, so nobody knows how long it took: not counted, rather than with its idle time.
+        unmeasured = not turn.reply_when_done and self._executor.ready(turn)
+        try:
+            self._executor.wait(turn)
+        except Exception as exc:  # noqa: BLE001  (whatever a model raises is that model's error)
+            self._fail(job, turn, exc)
+        now = self.clock()
+        turn.seconds = 0.0 if unmeasured else program_seconds(now, dispatched_at, self._last_done)
+        self._last_done = now
+        if not turn.failure:
+            turn.done(turn.seconds)
+        self._chunks += turn.steps > 0
+        self._steps += turn.steps
+        self._device_seconds += turn.seconds
+        job.give_back()
+        job.device_seconds += turn.seconds
+        job.steps += turn.steps
+        if turn.last:
+            job.drop_turns()
+        # The next program goes out before anybody hears of this one: the device must not wait for Trio.
+        self._read_mail(block=False)
+        self._fill()
+        if turn.reply_when_done:
+            self._complete(job, turn)
+        barrier = job.barrier
+        if barrier is not None and job.in_flight <= barrier.behind:
+            job.barrier = None
+            self._complete(job, barrier)
+        self._post_if_drained(job)
+
+    def _fail(self, job: DeviceJob, turn: Turn, exc: Exception) -> None:
+        turn.failure = f"{type(exc).__name__}: {exc}"
+        self._failures += 1
+        if not job.draining:
+            LOGGER.error("%s failed on device %s: %s", job.name, self.name, traceback.format_exc())
+        job.drop_turns()
+
+    def _complete(self, job: DeviceJob, turn: Turn) -> None:
+        job.finished += 1
+        self._post(job, turn, None)
+
+    def _post_if_drained(self, job: DeviceJob) -> None:
+        if job.draining and job.in_flight == 0:
+            job.draining = False
+            self._post(job, None, self.clock() - job.joined_at)
+
+    def _post(self, job: DeviceJob, turn: Turn | None, drained_after: float | None) -> None:
+        try:
+            self._token.run_sync_soon(job.receive_nowait, turn, job.finished, drained_after)
+        except trio.RunFinishedError:
+            self._undeliverable += 1

@@ -1,0 +1,353 @@
+"""``async def run(ctx, params, inputs)``: the author writes the checkpoints.
+
+Each member of a batch is served on its own, sees its tensors as they were sent (with a batch dimension if
+``max_batch_size`` is not 0), and has a task, a scope and a device job of its own.  The members run side by side and take
+turns on the device, so that a short request does not wait for a long one, and one member's error or cancel is nobody
+else's business.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import traceback
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import trio
+
+from ...errors import InternalError, InvalidArgument, TritonError
+from ...tensor import DTYPES
+from .checks import Avals, aval, outputs_problem
+from .device import Barrier, Turn
+from .job import DeviceJob
+from .programs import precision, static_shapes
+
+if TYPE_CHECKING:
+    from ...batch import Batch, Member
+    from ...request import Array, ParameterValue
+    from .placed import PlacedModel
+
+LOGGER = logging.getLogger("triton_trio.jax")
+
+#: Compiled functions that one model keeps.
+PROGRAMS = 64
+
+Send = Callable[[dict[str, "Array"]], Awaitable[None]]
+
+
+class RunTurn(Turn):
+    """One call of a compiled function.  The fence is a second output that the author cannot donate away."""
+
+    steps = 1
+
+    def __init__(self, x64: bool, program: Callable[..., Any], args: tuple[Any, ...], *, fetch: bool) -> None:
+        self._x64 = x64
+        self._program = program
+        self._args = args
+        self._fence: Any = None
+        self.reply_when_done = fetch
+        self.value: Any = None
+
+    def dispatch(self) -> bool:
+        args, self._args = self._args, ()
+        with precision(self._x64):
+            self.value, self._fence = self._program(*args)
+        if self.reply_when_done:
+            for leaf in jax.tree.leaves(self.value):
+                leaf.copy_to_host_async()
+        return True
+
+    def wait(self) -> None:
+        fence, self._fence = self._fence, None
+        if self.reply_when_done:
+            self.value = jax.tree.map(np.asarray, self.value)
+        fence.block_until_ready()
+
+    def ready(self) -> bool:
+        return bool(self._fence.is_ready())
+
+
+class FetchTurn(Turn):
+    """Bring values to the host.  Leaves that are not on a device are left as they are."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def dispatch(self) -> bool:
+        leaves = [leaf for leaf in jax.tree.leaves(self.value) if isinstance(leaf, jax.Array)]
+        for leaf in leaves:
+            leaf.copy_to_host_async()
+        return bool(leaves)
+
+    def wait(self) -> None:
+        value, self.value = self.value, None
+        self.value = jax.tree.map(lambda leaf: np.asarray(leaf) if isinstance(leaf, jax.Array) else leaf, value)
+
+    def ready(self) -> bool:
+        return all(leaf.is_ready() for leaf in jax.tree.leaves(self.value) if hasattr(leaf, "is_ready"))
+
+
+class FunctionCache:
+    """The compiled functions of one explicit model on one device; the least recently used are forgotten."""
+
+    def __init__(self, placed: PlacedModel) -> None:
+        self._placed = placed
+        self._programs: OrderedDict[object, Callable[..., Any]] = OrderedDict()
+        self._compiling = trio.Lock()
+
+    async def get(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+        """The program for ``function`` and arguments like ``args``; compiled in a worker thread when first needed."""
+        key = (_identity(function), tuple(map(self._signature, args)))
+        program = self._programs.get(key)
+        if program is None:
+            async with self._compiling:
+                program = self._programs.get(key)
+                if program is None:
+                    program = self._programs[key] = await self._compile(function, args)
+                    if len(self._programs) > PROGRAMS:
+                        self._programs.popitem(last=False)
+        self._programs.move_to_end(key)
+        return program
+
+    def _signature(self, arg: Any) -> object:
+        if arg is not None and arg is self._placed.params:
+            return "params"  # the same object each time: no need to look at a thousand leaves
+        leaves, tree = jax.tree.flatten(arg)
+        return tree, tuple(map(_leaf_signature, leaves))
+
+    async def _compile(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+        compiled: list[Callable[..., Any]] = []
+        sharding = jax.sharding.SingleDeviceSharding(self._placed.jax_device)
+
+        def fenced(*args: Any) -> Any:
+            return function(*args), np.int32(0)
+
+        def like(leaf: Any) -> Avals:
+            weak = not hasattr(leaf, "dtype") or getattr(leaf, "weak_type", False)
+            dtype = jax.dtypes.canonicalize_dtype(np.result_type(leaf))
+            return aval(np.shape(leaf), dtype, sharding=sharding, weak_type=weak)
+
+        def job() -> None:
+            avals = jax.tree.map(like, args)
+            donated = _donated(function, avals)
+            compiled.append(jax.jit(fenced, donate_argnums=donated).lower(*avals).compile())
+
+        await self._placed.compile(job)
+        return compiled[0]
+
+
+def _identity(function: Callable[..., Any]) -> object:
+    if isinstance(function, functools.partial):
+        key = (_identity(function.func), function.args, tuple(sorted(function.keywords.items())))
+        try:
+            hash(key)
+        except TypeError:
+            return function
+        return key
+    return function
+
+
+def _leaf_signature(leaf: Any) -> object:
+    if isinstance(leaf, jax.Array | np.ndarray | np.generic):
+        return leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
+    if isinstance(leaf, bool | int | float | complex):
+        return type(leaf)
+    raise TypeError(
+        f"ctx.run: an argument of type {type(leaf).__name__} cannot go to the device; bind it with functools.partial"
+    )
+
+
+def _donated(function: Callable[..., Any], avals: tuple[Any, ...]) -> tuple[int, ...]:
+    """The arguments that the author's own ``jax.jit(..., donate_argnums=...)`` donates."""
+    if not hasattr(function, "lower"):
+        return ()
+    infos, _ = function.lower(*avals).args_info
+    return tuple(
+        index
+        for index, info in enumerate(infos)
+        if any(leaf.donated for leaf in jax.tree.leaves(info, is_leaf=_is_info))
+    )
+
+
+def _is_info(value: object) -> bool:
+    return hasattr(value, "donated")
+
+
+class ExplicitContext:
+    """What ``run`` awaits.
+
+    **Cancellation:** every method is a Trio checkpoint of this request; when ``Cancelled`` is raised, the device is idle
+    for it.
+    """
+
+    def __init__(
+        self,
+        placed: PlacedModel,
+        functions: FunctionCache,
+        job: DeviceJob,
+        *,
+        send: Send | None,
+        batch_size: int = 1,
+        parameters: Mapping[str, ParameterValue] | None = None,
+    ) -> None:
+        self._placed = placed
+        self._functions = functions
+        self._job = job
+        self._send = send
+        self.batch_size = batch_size  #: rows of this request
+        self.parameters = parameters or {}  #: that the client sent along
+
+    async def run(self, function: Callable[..., Any], /, *args: Any) -> Any:
+        """Dispatch ``function(*args)`` as one compiled program and return its values on the device, not yet computed.
+
+        ``function`` may be plain or from ``jax.jit`` with ``donate_argnums``; give the same object each time, for it is
+        compiled once for each function and kind of arguments.  At most two programs are on the device: the third
+        waits for its turn.
+        """
+        return await self._call(function, args, fetch=False)
+
+    async def checkpoint(self, value: Any = None) -> None:
+        """The place to let go: returns when at most one program of this request is on the device.
+
+        ``value`` is what the author waits for, for the reader of the code; the device works in order.
+        """
+        await self._job.call(Barrier(behind=1))
+
+    async def fetch(self, what: Any, /, *args: Any) -> Any:
+        """Values on the device → numpy arrays; or ``fetch(function, *args)``: run it and fetch its result."""
+        if callable(what):
+            return await self._call(what, args, fetch=True)
+        turn = FetchTurn(what)
+        await self._job.call(turn)
+        return turn.value
+
+    async def send(self, outputs: Mapping[str, Any]) -> None:
+        """Send one response of a decoupled model, waiting while the reader is behind.  Never the last one."""
+        if self._send is None:
+            raise InternalError(
+                f"{self._placed.name}: ctx.send() needs 'model_transaction_policy {{ decoupled: true }}' in config.pbtxt"
+            )
+        await self._send(await self.to_response(outputs, "ctx.send()"))
+
+    async def to_response(self, outputs: Mapping[str, Any], where: str) -> dict[str, Array]:
+        """Fetch ``outputs`` and check them against config.pbtxt."""
+        if not isinstance(outputs, Mapping):
+            raise InternalError(
+                f"{self._placed.name}: {where} must have a dict of arrays by output name, got {type(outputs).__name__}"
+            )
+        config, batched = self._placed.config, self._placed.batched
+        arrays = {name: np.asarray(value) for name, value in (await self.fetch(dict(outputs))).items()}
+        if batched:
+            for name, array in arrays.items():
+                if array.shape[:1] != (self.batch_size,):
+                    raise InternalError(
+                        f"{self._placed.name}: {where}: output '{name}' must have {self.batch_size} rows, as the inputs, "
+                        f"got shape {list(array.shape)}"
+                    )
+        problem = outputs_problem(
+            config.outputs, {name: (array.shape[batched:], array.dtype) for name, array in arrays.items()}
+        )
+        if problem:
+            raise InternalError(f"{self._placed.name}: {where}: {problem}")
+        return {
+            spec.name: arrays[spec.name].reshape(
+                arrays[spec.name].shape[:batched] + spec.to_request_shape(arrays[spec.name].shape[batched:])
+            )
+            for spec in config.outputs
+        }
+
+    async def _call(self, function: Callable[..., Any], args: tuple[Any, ...], *, fetch: bool) -> Any:
+        program = await self._functions.get(function, args)
+        turn = RunTurn(self._placed.options.x64, program, args, fetch=fetch)
+        await self._job.call(turn)
+        return turn.value
+
+
+async def warm_up(placed: PlacedModel, functions: FunctionCache) -> None:
+    """Run the model once on zeros, so that its programs are compiled and its outputs checked before it is ready.
+
+    Models with variable dims are not run.  **Cancellation:** as a request's.
+    """
+    shapes = static_shapes(placed.config.inputs)
+    if shapes is None or not placed.options.warmup:
+        return
+    lead = (1,) if placed.batched else ()
+    dtypes = {spec.name: DTYPES[spec.datatype] for spec in placed.config.inputs}
+    inputs = {name: np.zeros((*lead, *dims), dtypes[name]) for name, dims in shapes}
+
+    async def drop(outputs: dict[str, Array]) -> None:
+        await trio.lowlevel.checkpoint()
+
+    assert placed.functions.run is not None
+    where = f"{placed.name}: {placed.functions.path}: run()"
+    async with DeviceJob(placed.device, placed.name) as job:
+        ctx = ExplicitContext(placed, functions, job, send=drop if placed.config.decoupled else None)
+        try:
+            outputs = await placed.functions.run(ctx, placed.params, inputs)
+            if outputs is not None or not placed.config.decoupled:
+                await ctx.to_response(outputs, "run()")
+        except Exception as exc:
+            LOGGER.exception("%s failed when it was tried on zeros", where)
+            raise InvalidArgument(
+                f"{where} failed when it was tried on zeros: {exc}; if zeros are no valid input, set the parameter "
+                "warmup to 'false' in config.pbtxt"
+            ) from None
+
+
+async def execute_explicit(placed: PlacedModel, functions: FunctionCache, batch: Batch) -> None:
+    """Serve the members side by side, each in a task and scope of its own.
+
+    **Cancellation:** a member's cancel is an ordinary ``Cancelled`` in its ``run``; when all have left, in all of them.
+    """
+    batch.compute_infer_at = trio.current_time()
+    async with trio.open_nursery() as nursery:
+        for member in batch.members:
+            # Owner: this nursery; ends with the member's run, cancelled by the member's leaving.
+            nursery.start_soon(
+                _serve, placed, functions, batch, member, name=f"run of request #{member.request.generation}"
+            )
+
+
+async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, member: Member) -> None:
+    if not member.live:
+        member.release()
+        return
+    job = DeviceJob(placed.device, placed.name)
+    assert placed.functions.run is not None
+    member.scope = trio.CancelScope()
+    try:
+        with member.scope:
+            async with job:
+                ctx = ExplicitContext(
+                    placed,
+                    functions,
+                    job,
+                    send=functools.partial(batch.send, member) if batch.decoupled else None,
+                    batch_size=member.stop - member.start,
+                    parameters=member.request.parameters,
+                )
+                outputs = await placed.functions.run(ctx, placed.params, dict(member.inputs))
+                response = None
+                if outputs is not None or not batch.decoupled:
+                    response = await ctx.to_response(outputs, "run()")
+            batch.compute_output_at = batch.compute_output_at or trio.current_time()
+            if response is None:
+                batch.finish(member)
+            else:
+                batch.respond(member, response)
+    except TritonError as exc:
+        batch.fail(member, type(exc)(*exc.args))
+    except Exception as exc:  # noqa: BLE001  (whatever a model raises is that request's error)
+        # As text: a record that keeps the exception would keep the arrays of every frame it passed.
+        LOGGER.error("%s: run() failed: %s", placed.name, traceback.format_exc())
+        batch.fail(member, InternalError(f"{placed.name}: run() failed: {type(exc).__name__}: {exc}"))
+    finally:
+        member.scope = None
+        batch.device_seconds += job.device_seconds
+        member.steps_after_cancel += job.steps_after_cancel
+        if not member.live:
+            member.release()

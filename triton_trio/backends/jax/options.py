@@ -1,0 +1,122 @@
+"""What ``parameters`` in config.pbtxt say to the JAX backend, and the buckets and chunk sizes that follow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from ...errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from ...config import ModelConfig
+
+T = TypeVar("T")
+
+DEFAULT_LADDER: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64)
+_X64 = frozenset({"FP64", "INT64", "UINT64"})
+
+
+@dataclass(frozen=True, slots=True)
+class JaxOptions:
+    """One model's settings.
+
+    The parameters of config.pbtxt, all optional:
+
+    ``target_chunk_ms``
+        device time of one chunk of a step model, 2 by default.  A cancel waits for at most two of them.
+    ``max_steps``
+        a row that has made so many steps is done, whatever ``done`` says; with it ``done`` may be left out.
+    ``ladder``
+        chunk sizes to compile, ``1,2,4,8,16,32,64`` by default.
+    ``buckets``
+        batch sizes to compile, by default the powers of two below ``max_batch_size`` and itself.
+    ``shapes``
+        for models with variable dims: for how many different shapes compiled programs are kept, 16 by default.
+    ``warmup``
+        ``false``: do not run an explicit model once on zeros when it is loaded.
+    ``x64``
+        ``true`` or ``false``: JAX's 64-bit mode for this model; by default on if a tensor is FP64, INT64 or UINT64.
+    """
+
+    target: float  #: seconds
+    max_steps: int | None
+    ladder: tuple[int, ...]
+    buckets: tuple[int, ...]
+    shapes: int
+    warmup: bool
+    x64: bool
+
+    @classmethod
+    def read(cls, config: ModelConfig) -> JaxOptions:
+        """Raises :exc:`InvalidArgument` for a parameter that makes no sense."""
+
+        def parameter(name: str, parse: Callable[[str], T], what: str, default: T) -> T:
+            text = config.parameters.get(name)
+            if text is None:
+                return default
+            try:
+                return parse(text)
+            except ValueError:
+                raise InvalidArgument(
+                    f"model '{config.name}': parameter {name} in config.pbtxt must be {what}, got '{text}'"
+                ) from None
+
+        max_steps: int | None = parameter("max_steps", _count, "a number of steps, 1 or more", None)
+        ladder = parameter("ladder", _counts, "chunk sizes such as '1,2,4,8'", DEFAULT_LADDER)
+        if max_steps is not None:
+            # A chunk that is longer than any row lives is never picked.
+            ladder = tuple(k for k in ladder if k <= max_steps) or (max_steps,)
+        buckets = parameter("buckets", _counts, "batch sizes such as '2,4,8'", default_buckets(config.max_batch_size))
+        largest = max(config.max_batch_size, 1)
+        if buckets[-1] != largest:
+            raise InvalidArgument(
+                f"model '{config.name}': the largest of the parameter buckets must be {largest} "
+                f"({'max_batch_size' if config.max_batch_size else 'the model does not batch'}), got {buckets[-1]}"
+            )
+        wide = any(spec.datatype in _X64 for spec in (*config.inputs, *config.outputs))
+        return cls(
+            target=parameter("target_chunk_ms", _milliseconds, "a positive number of milliseconds", 2e-3),
+            max_steps=max_steps,
+            ladder=ladder,
+            buckets=buckets,
+            shapes=parameter("shapes", _count, "a number of shapes, 1 or more", 16),
+            warmup=parameter("warmup", _flag, "'true' or 'false'", True),
+            x64=parameter("x64", _flag, "'true' or 'false'", wide),
+        )
+
+    def bucket(self, rows: int) -> int:
+        """The batch size of the programs that serve ``rows`` rows."""
+        return next(bucket for bucket in self.buckets if bucket >= rows)
+
+
+def default_buckets(max_batch_size: int) -> tuple[int, ...]:
+    """``6`` → ``(1, 2, 4, 6)``; a model that does not batch (0) has one bucket of one row."""
+    largest = max(max_batch_size, 1)
+    powers = (1 << exponent for exponent in range(largest.bit_length()))
+    return (*(power for power in powers if power < largest), largest)
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise ValueError(text)
+    return value
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))
+
+
+def _milliseconds(text: str) -> float:
+    value = float(text) / 1e3
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def _flag(text: str) -> bool:
+    value = text.lower()
+    if value not in ("true", "false"):
+        raise ValueError(text)
+    return value == "true"

@@ -1,0 +1,235 @@
+"""A model on a device: its parameters there, its compiled programs, its counters.  Instances on one device share it."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+import trio
+
+from ...errors import InvalidArgument
+from .checks import FunctionChecker, aval
+from .controller import ChunkController
+from .loader import Form, LoadContext
+from .programs import ProgramBuilder, ProgramSet, RowShapes, precision, row_avals, static_shapes
+from .turns import row_shapes
+
+if TYPE_CHECKING:
+    from ...batch import Batch
+    from ..base import ModelContext
+    from .device import DeviceThread
+    from .loader import ModelFunctions
+    from .options import JaxOptions
+
+LOGGER = logging.getLogger("triton_trio.jax")
+
+
+@dataclass(frozen=True, slots=True)
+class BucketStatistics:
+    """One set of programs."""
+
+    bucket: int
+    k: int  #: steps the next chunk will have
+    step_ms: float | None  #: device time of one step; None until measured
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedStatistics:
+    model: str
+    device: str
+    compiles: int
+    compiles_after_load: int  #: 0 unless dims are variable or an explicit model meets new shapes
+    executions: int
+    cancels: int  #: executions that were cancelled
+    device_seconds: float
+    buckets: tuple[BucketStatistics, ...]
+
+
+class PlacedModel:
+    """See the module.  Made by :meth:`load`."""
+
+    def __init__(
+        self,
+        context: ModelContext,
+        functions: ModelFunctions,
+        options: JaxOptions,
+        jax_device: jax.Device,
+        device: DeviceThread,
+    ) -> None:
+        self.config = context.config
+        self.functions = functions
+        self.options = options
+        self.jax_device = jax_device
+        self.device = device
+        self.batched = self.config.max_batch_size > 0
+        self.name = f"model '{self.config.name}'"
+        self.params: Any = None
+        self.users = 0  #: instances; of the backend
+        self._context = context
+        self._builder: ProgramBuilder | None = None
+        self._sets: OrderedDict[tuple[int, RowShapes], ProgramSet] = OrderedDict()
+        self._checked: set[RowShapes] = set()
+        self._compiling = trio.Lock()
+        self._loaded = False
+        self._warned = False
+        self._compiles = self._compiles_after_load = 0
+        self._executions = self._cancels = 0
+        self._device_seconds = 0.0
+
+    def statistics(self) -> PlacedStatistics:
+        return PlacedStatistics(
+            model=self.config.name,
+            device=self.device.name,
+            compiles=self._compiles,
+            compiles_after_load=self._compiles_after_load,
+            executions=self._executions,
+            cancels=self._cancels,
+            device_seconds=self._device_seconds,
+            buckets=tuple(
+                BucketStatistics(
+                    found.bucket,
+                    found.controller.k,
+                    None if found.controller.step_seconds is None else found.controller.step_seconds * 1e3,
+                )
+                for found in self._sets.values()
+            ),
+        )
+
+    @contextmanager
+    def counted(self, batch: Batch) -> Iterator[None]:
+        """Around one execution."""
+        self._executions += 1
+        try:
+            yield
+        except trio.Cancelled:
+            self._cancels += 1
+            raise
+        finally:
+            self._device_seconds += batch.device_seconds
+
+    # Loading
+
+    async def load(self) -> None:
+        """Run the author's ``load``, move the parameters to the device, compile everything that can be compiled.
+
+        Raises:
+          InvalidArgument: something in model.py is wrong; the text says what.
+
+        **Cancellation:** between these stages and between compilations; a compilation itself is waited for.
+        """
+        self.params = await trio.to_thread.run_sync(self._load_params)
+        await trio.lowlevel.checkpoint()
+        self._builder = ProgramBuilder(self.functions, self.options, self.jax_device, self.params, batched=self.batched)
+        shapes = static_shapes(self.config.inputs)
+        if self.functions.form is not Form.EXPLICIT and shapes is not None:
+            for bucket in self.options.buckets:
+                await self._program_set(bucket, shapes)
+
+    def _load_params(self) -> Any:
+        load = self.functions.load
+        if load is None:
+            return None
+        context = LoadContext(self.config, self._context.version_directory, self._context.version, self.jax_device)
+        where = f"model '{self.config.name}': {self.functions.path}: load()"
+        with precision(self.options.x64), jax.default_device(self.jax_device):
+            try:
+                params = load(context)
+            except Exception as exc:
+                LOGGER.exception("%s failed", where)
+                raise InvalidArgument(f"{where} failed: {type(exc).__name__}: {exc}") from None
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+                if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):
+                    raise InvalidArgument(
+                        f"{where} must return a pytree of arrays, params{jax.tree_util.keystr(path)} is a "
+                        f"{type(leaf).__name__}; keep it in a global of model.py instead"
+                    )
+            # An array of Python's number: a weak type would make it another program's argument.
+            params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), params)
+            params = jax.device_put(params, self.jax_device)
+            return jax.tree.map(lambda leaf: leaf.block_until_ready(), params)
+
+    def loaded(self) -> None:
+        """Compilations from here on are counted as ``compiles_after_load``."""
+        self._loaded = True
+
+    def unload(self) -> None:
+        """Forget parameters and programs."""
+        self.params = None
+        self._builder = None
+        self._sets.clear()
+
+    # Programs
+
+    async def program_set(self, batch: Batch) -> ProgramSet:
+        """The programs for a batch; compiled now, the batch waiting, if its shape is new to a model with variable dims.
+
+        **Cancellation:** between compilations.
+        """
+        shapes = row_shapes(batch, self.config.inputs, batched=self.batched)
+        return await self._program_set(self.options.bucket(batch.rows if self.batched else 1), shapes)
+
+    async def _program_set(self, bucket: int, shapes: RowShapes) -> ProgramSet:
+        key = (bucket, shapes)
+        found = self._sets.get(key)
+        if found is None:
+            async with self._compiling:
+                found = self._sets.get(key)
+                if found is None:
+                    found = self._sets[key] = await self._build(bucket, shapes)
+                    if static_shapes(self.config.inputs) is None and len(self._sets) > self.options.shapes:
+                        self._sets.popitem(last=False)
+        self._sets.move_to_end(key)
+        return found
+
+    async def _build(self, bucket: int, shapes: RowShapes) -> ProgramSet:
+        assert self._builder is not None
+        row = row_avals(self.config.inputs, dict(shapes))
+        if shapes not in self._checked:
+            params = jax.tree.map(lambda leaf: aval(leaf.shape, leaf.dtype), self.params)
+            checker = FunctionChecker(self.config, self.functions, params, row)
+            await self.compile(checker.check, count=False)
+            if len(self._checked) < 4096:
+                self._checked.add(shapes)
+        programs = ProgramSet(bucket, ChunkController(self.options.target, self.options.ladder))
+        for job in self._builder.build(programs, row):
+            await self.compile(job)
+        return programs
+
+    async def compile(self, job: Callable[[], None], *, count: bool = True) -> None:
+        """Run one compilation in a worker thread, in the model's precision.
+
+        **Cancellation:** before and after it.  XLA cannot be interrupted, and leaving it running would be work that
+        nobody owns.
+        """
+
+        def in_thread() -> None:
+            with precision(self.options.x64):
+                job()
+
+        await trio.to_thread.run_sync(in_thread)
+        if count:
+            self._compiles += 1
+            self._compiles_after_load += self._loaded
+        await trio.lowlevel.checkpoint()
+
+    def warn_if_slow(self, programs: ProgramSet) -> None:
+        controller = programs.controller
+        if not self._warned and controller.too_slow and controller.step_seconds is not None:
+            self._warned = True
+            chunk = controller.ladder[0] * controller.step_seconds * 1e3
+            LOGGER.warning(
+                "%s: %s of step() %s %.1f ms, more than target_chunk_ms=%g: the cancel latency of this model is up to "
+                "%.1f ms (one chunk running, one queued); do less in a step, or raise the target",
+                self.name,
+                "one call" if controller.ladder[0] == 1 else f"{controller.ladder[0]} calls",
+                "takes" if controller.ladder[0] == 1 else "take",
+                chunk,
+                self.options.target * 1e3,
+                2 * chunk,
+            )

@@ -1,0 +1,240 @@
+"""Step models: chunks of steps until every row is done, has left, or its reader is behind.
+
+The plan lives on both sides of the device thread.  There, :meth:`StepPlan.next_program` decides at the last moment what
+goes onto the device: who is live and not parked *now*, how many steps, whether somebody's result can be fetched.  On
+the Trio side, :func:`execute_steps` hands out credits, one for each program, and passes results on.  So a cancel that the
+server has seen is in the mask of the next program that is dispatched, and a server that is late holds the device back.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import trio
+
+from .device import WINDOW, Turn
+from .job import DeviceJob
+from .programs import precision
+from .turns import Slot, row_shapes, stack_inputs, start_copy, to_host, to_response
+
+if TYPE_CHECKING:
+    from ...batch import Batch
+    from ...request import Array
+    from .placed import PlacedModel
+    from .programs import ProgramSet
+
+#: Programs of one job that may be out: two on the device, and one in line so that the thread need not wait for Trio.
+CREDITS = WINDOW + 1
+
+
+class StepPlan:
+    """The device's side of one execution of a step model."""
+
+    def __init__(self, placed: PlacedModel, programs: ProgramSet, batch: Batch) -> None:
+        self.placed = placed
+        self.programs = programs
+        self.batch = batch
+        self.slots = [Slot(member) for member in batch.members]
+        self._carry: Any = None
+        self._flags: Any = None
+        self._started = False
+
+    def drop(self) -> None:
+        """Forget the device's arrays; when the device is idle for this execution their memory is free."""
+        self._carry = self._flags = None
+
+    @property
+    def over(self) -> bool:
+        """Nobody needs another program."""
+        return not any(self._wants_finish(slot) or self._wants_steps(slot) for slot in self.slots)
+
+    def has_work(self) -> bool:
+        """For the Trio side: whether a credit would be used."""
+        return any(slot.member.live and not slot.parked and not slot.finishing for slot in self.slots) and not self.over
+
+    def _wants_steps(self, slot: Slot) -> bool:
+        return slot.member.live and not (slot.done or slot.exhausted or slot.finishing)
+
+    def _wants_finish(self, slot: Slot) -> bool:
+        return self.programs.finish is not None and slot.member.live and self._is_done(slot) and not slot.finishing
+
+    @staticmethod
+    def _is_done(slot: Slot) -> bool:
+        return slot.done or slot.exhausted
+
+    # In the device thread
+
+    def next_program(self, turn: StepTurn) -> bool:
+        with precision(self.placed.options.x64):
+            finishing = [slot for slot in self.slots if self._wants_finish(slot) and slot.take()]
+            if finishing:
+                return self._dispatch_finish(turn, finishing)
+            stepping = [slot for slot in self.slots if self._wants_steps(slot) and not slot.parked and slot.take()]
+            return bool(stepping) and self._dispatch_chunk(turn, stepping)
+
+    def _dispatch_chunk(self, turn: StepTurn, slots: list[Slot]) -> bool:
+        turn.slots = slots
+        params = self.placed.params
+        if not self._started:
+            self._started = True
+            assert self.programs.init is not None
+            shapes = row_shapes(self.batch, self.placed.config.inputs, batched=self.placed.batched)
+            inputs = stack_inputs(self.batch, shapes, self.programs.bucket, batched=self.placed.batched)
+            self._carry, self._flags = self.programs.init(params, inputs)
+        else:
+            turn.controller = self.programs.controller  # the first chunk's time has init's in it
+        keep = np.zeros(self.programs.bucket, bool)
+        for slot in slots:
+            keep[slot.rows] = True
+        limit = self.placed.options.max_steps
+        left = None if limit is None else max(limit - slot.steps for slot in slots)
+        k = turn.steps = self.programs.controller.pick(left)
+        carry, self._carry = self._carry, None
+        self._carry, self._flags, turn.emitted = self.programs.chunks[k](params, carry, self._flags, keep)
+        for slot in slots:
+            slot.steps += k
+            slot.exhausted = limit is not None and slot.steps >= limit
+        turn.ended = self._flags[0]
+        start_copy((turn.ended, turn.emitted))
+        return True
+
+    def _dispatch_finish(self, turn: StepTurn, slots: list[Slot]) -> bool:
+        turn.slots = slots
+        assert self.programs.finish is not None
+        turn.finished = self.programs.finish(self.placed.params, self._carry)
+        for slot in slots:
+            slot.finishing = True
+        start_copy(turn.finished)
+        return True
+
+
+class StepTurn(Turn):
+    """One credit: whatever the plan needs next, a chunk or a finish."""
+
+    def __init__(self, plan: StepPlan) -> None:
+        self._plan: StepPlan | None = plan
+        self.slots: list[Slot] = []
+        self.controller: Any = None
+        #: On the device, until wait() has brought them to the host:
+        self.ended: Any = None
+        self.emitted: Any = None
+        self.finished: dict[str, Any] | None = None
+        #: For the Trio side:
+        self.active: Array | None = None  #: bool [K, bucket], which rows made which step
+        self.emissions: dict[str, Array] = {}  #: [K, bucket, ...]
+        self.outputs: dict[str, Array] | None = None
+        self.now_done: list[Slot] = []
+
+    def dispatch(self) -> bool:
+        assert self._plan is not None
+        return self._plan.next_program(self)
+
+    def wait(self) -> None:
+        plan, self._plan = self._plan, None
+        assert plan is not None
+        ended, emitted, finished = self.ended, self.emitted, self.finished
+        self.ended = self.emitted = self.finished = None
+        try:
+            if finished is not None:
+                self.outputs = to_host(finished)
+            else:
+                flags = np.asarray(ended)
+                if emitted is not None:
+                    self.emissions, self.active = to_host(emitted[0]), np.asarray(emitted[1])
+                for slot in self.slots:
+                    if not slot.done and flags[slot.rows].all():
+                        slot.done = True
+                        self.now_done.append(slot)
+        finally:
+            for slot in self.slots:
+                slot.busy -= 1
+        self.last = plan.over
+
+    def ready(self) -> bool:
+        if self.finished is not None:
+            return all(leaf.is_ready() for leaf in self.finished.values())
+        return self.ended is None or bool(self.ended.is_ready())
+
+    def done(self, seconds: float) -> None:
+        if self.controller is not None and self.steps:
+            self.controller.observe(self.steps, seconds)
+
+
+async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
+    """Serve ``batch`` chunk by chunk; each member is answered when its rows are done.
+
+    **Cancellation:** a member that leaves is left out of the next chunk that is dispatched; when all have left, no chunk
+    is dispatched any more, and the exception passes on when the running and the queued one have ended.
+    """
+    programs = await placed.program_set(batch)
+    plan = StepPlan(placed, programs, batch)
+    job = DeviceJob(placed.device, placed.name)
+    batch.compute_infer_at = trio.current_time()
+    try:
+        async with job:
+            while any(member.live for member in batch.members):
+                while job.outstanding < CREDITS and plan.has_work():
+                    job.submit(StepTurn(plan))
+                if job.outstanding:
+                    turn = await job.next()
+                    assert isinstance(turn, StepTurn)
+                    _account(batch, turn)
+                    _take(plan, turn)
+                    placed.warn_if_slow(programs)
+                else:
+                    await batch.wait_can_send()  # every row is parked
+                for slot in plan.slots:
+                    _flush(batch, slot)
+                await batch.checkpoint()
+                for slot in plan.slots:
+                    slot.release_if_left()
+    finally:
+        plan.drop()
+        for late in job.leftover():
+            assert isinstance(late, StepTurn)
+            _account(batch, late)
+
+
+def _account(batch: Batch, turn: StepTurn) -> None:
+    batch.device_seconds += turn.seconds
+    for slot in turn.slots:
+        if slot.member.left_at is not None:
+            slot.member.steps_after_cancel += turn.steps
+
+
+def _take(plan: StepPlan, turn: StepTurn) -> None:
+    """Sort the results of one program by member."""
+    specs, batched = plan.placed.config.outputs, plan.placed.batched
+    live = [slot for slot in turn.slots if slot.member.live]
+    if turn.outputs is not None:
+        plan.batch.compute_output_at = plan.batch.compute_output_at or trio.current_time()
+        for slot in live:
+            slot.final = to_response(turn.outputs, slot.rows, specs, batched=batched)
+            slot.ended = True
+    if turn.active is not None:
+        for slot in live:
+            # A member's rows step together: one response for each step that any of them made.
+            for index in np.flatnonzero(turn.active[:, slot.rows].any(axis=1)):
+                step = {name: values[index] for name, values in turn.emissions.items()}
+                slot.pending.append(to_response(step, slot.rows, specs, batched=batched))
+    if plan.programs.finish is None:
+        for slot in turn.now_done:
+            slot.ended = True
+
+
+def _flush(batch: Batch, slot: Slot) -> None:
+    """Pass on what the member's reader has room for; beyond that, park its rows."""
+    member = slot.member
+    while slot.pending and member.live and member.can_send:
+        batch.respond(member, slot.pending.popleft(), final=False)
+    if not member.live:
+        slot.pending.clear()
+        slot.final = None
+    elif slot.ended and not slot.pending:
+        final, slot.final = slot.final, None
+        if final is None:
+            batch.finish(member)
+        else:
+            batch.respond(member, final)
+    slot.parked = bool(slot.pending) or not member.can_send

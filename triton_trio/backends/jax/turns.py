@@ -1,0 +1,109 @@
+"""What turns of every form share: inputs onto the device, outputs to the host, and the slot of a member."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+if TYPE_CHECKING:
+    from ...batch import Batch, Member
+    from ...config import TensorSpec
+    from ...request import Array
+
+
+class Slot:
+    """One member's rows in a bucket.
+
+    ``busy`` counts programs on the device that include the rows.  The device thread raises it *before* it looks whether
+    the member is live, and the Trio thread looks at it *after* the member has left: so either the program leaves the rows
+    out, or the release waits for the program.
+    """
+
+    __slots__ = ("busy", "done", "ended", "exhausted", "final", "finishing", "member", "parked", "pending", "steps")
+
+    def __init__(self, member: Member) -> None:
+        self.member = member
+        # Of the device thread:
+        self.busy = 0
+        self.steps = 0  #: dispatched for these rows
+        self.done = False  #: all rows are known to be done
+        self.exhausted = False  #: max_steps steps were dispatched: they will be done
+        self.finishing = False  #: finish was dispatched
+        # Of the Trio thread:
+        self.parked = False  #: the reader is behind
+        self.pending: deque[dict[str, Array]] = deque()  #: responses that wait for the reader
+        self.final: dict[str, Array] | None = None
+        self.ended = False  #: no response comes after ``pending`` and ``final``
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.member.start, self.member.stop)
+
+    def take(self) -> bool:
+        """Include the rows in the next program, if anybody wants them; in the device thread."""
+        self.busy += 1
+        if self.member.live:
+            return True
+        self.busy -= 1
+        return False
+
+    def release_if_left(self) -> None:
+        """In the Trio thread."""
+        if not self.member.live and not self.busy:
+            self.member.release()
+
+
+def row_shapes(
+    batch: Batch, specs: tuple[TensorSpec, ...], *, batched: bool
+) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The shape of a row of this batch, as the model's functions see it; all members have the same."""
+    inputs = batch.members[0].inputs
+    return tuple((spec.name, inputs[spec.name].shape[batched:]) for spec in specs)
+
+
+def stack_inputs(
+    batch: Batch, shapes: tuple[tuple[str, tuple[int, ...]], ...], bucket: int, *, batched: bool
+) -> dict[str, Array]:
+    """All members' rows, padded to the bucket; runs in the device thread, so that big batches do not stop the server.
+
+    Padding repeats a real row: made-up zeros could keep a ``while_loop`` in the model from ever ending.
+    """
+    stacked = {}
+    for name, shape in shapes:
+        array = batch.stack(name) if batched else batch.members[0].inputs[name][None]
+        rows = array.shape[0]
+        if rows < bucket:
+            padded = np.empty((bucket, *shape), array.dtype)
+            padded[:rows] = array
+            padded[rows:] = array[0]
+            array = padded
+        stacked[name] = array
+    return stacked
+
+
+def start_copy(tree: Any) -> None:
+    """Begin the copy to the host behind the program, so that the wait for it is over when the program is."""
+    for leaf in jax.tree.leaves(tree):
+        leaf.copy_to_host_async()
+
+
+def to_host(outputs: Mapping[str, Any]) -> dict[str, Array]:
+    """Block until the outputs are there; raises what the program raised."""
+    return {name: np.asarray(value) for name, value in outputs.items()}
+
+
+def to_response(
+    outputs: Mapping[str, Array], rows: slice, specs: tuple[TensorSpec, ...], *, batched: bool
+) -> dict[str, Array]:
+    """One member's part of the outputs, in the shape that requests have."""
+    response = {}
+    for spec in specs:
+        part = outputs[spec.name][rows]
+        if spec.reshape is not None:
+            part = part.reshape(part.shape[0], *spec.to_request_shape(part.shape[1:]))
+        response[spec.name] = part if batched else part[0]
+    return response
