@@ -133,6 +133,8 @@ async def test_b5_model_ready_turns_false_with_the_last_instance(tmp_path: Path)
         [instance] = server.model("once").instances
         instance.state = InstanceState.QUARANTINED
         assert (await service.model_ready(request)).ready is False
+        with pytest.raises(InvalidArgument, match="requested model 'once' is not available"):
+            await service.model_statistics(pb.ModelStatisticsRequest(name="once"))
         assert (await service.server_ready(pb.ServerReadyRequest())).ready is False
         assert (await service.server_live(pb.ServerLiveRequest())).live is True
 
@@ -149,7 +151,8 @@ async def test_an_unload_answers_at_once_and_lets_requests_end(tmp_path: Path) -
         async with trio.open_nursery() as nursery:
             nursery.start_soon(infer)
             await gate.wait_held()
-            await service.repository_model_unload(pb.RepositoryModelUnloadRequest(model_name="once"))
+            with trio.fail_after(5):
+                await service.repository_model_unload(pb.RepositoryModelUnloadRequest(model_name="once"))
             with pytest.raises(Unavailable):
                 await service.model_infer(infer_message("once", 5))
             assert not replies

@@ -110,6 +110,15 @@ async def test_a_decoupled_request_overtakes(tmp_path: Path) -> None:
         assert await call.settle() == [("b", "0"), ("b", "1"), ("a", "7")]
 
 
+async def test_requests_send_one_at_a_time(tmp_path: Path) -> None:
+    async with rpc(tmp_path) as call:
+        call.stream.writable = trio.Event()
+        call.stream.send(*(infer_message(name, 3) for name in ("repeat", "once", "repeat", "once")))
+        assert len(await call.settle()) == 1
+        call.stream.writable.set()
+        assert sorted(value for _, value in await call.settle()) == ["0", "0", "1", "1", "2", "2", "3", "3"]
+
+
 async def test_requests_reach_their_queue_in_the_order_of_the_stream(tmp_path: Path) -> None:
     """Trio runs tasks of one tick in any order; 40 of them would show it."""
     seen: list[int] = []

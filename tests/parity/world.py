@@ -194,6 +194,7 @@ class MemoryStream:
         self.metadata = metadata
         self.replies: list[pb.ModelStreamInferResponse] = []
         self.taken = 0
+        self._sending = False
         self.writable = trio.Event()
         self.writable.set()
         self._write, self._read = trio.open_memory_channel[pb.ModelInferRequest](1000)
@@ -215,8 +216,14 @@ class MemoryStream:
 
     async def send_message(self, message: pb.ModelStreamInferResponse) -> None:
         await trio.lowlevel.checkpoint_if_cancelled()
+        if self._sending:
+            raise trio.BusyResourceError("another task is sending on this stream")
         self.replies.append(message)
-        await self.writable.wait()
+        self._sending = True
+        try:
+            await self.writable.wait()
+        finally:
+            self._sending = False
 
     def __aiter__(self) -> AsyncIterator[pb.ModelInferRequest]:
         raise NotImplementedError("the service reads with recv_message")
