@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 #: Hands an action on a request over to whoever decides when responses go out (``preserve_ordering``).
 Hand = Callable[[InferenceRequest, Callable[[], None]], None]
 
+Reshape = Callable[["Mapping[str, Array]"], "Mapping[str, Array]"]
+
 
 class Member:
     """One request's part in a batch: its inputs, its rows ``[start, stop)``, and whether anybody still wants them."""
@@ -88,6 +90,7 @@ class Batch:
       name: the instance's name, for messages.
       decoupled: whether a member may have any number of responses.
       output_names: the model's outputs, to say what is missing.
+      reshape: from the shapes of the model's outputs to those of the response; None if they are the same.
       hand: gets every response and failure to pass on, in preserve_ordering's order; None passes them on at once.
       on_released: told when a member's device resources are free.
       on_abandoned: told when the last member has left and the execution has been cancelled.
@@ -98,6 +101,7 @@ class Batch:
         "_hand",
         "_on_abandoned",
         "_output_names",
+        "_reshape",
         "compute_infer_at",
         "compute_output_at",
         "decoupled",
@@ -117,6 +121,7 @@ class Batch:
         name: str = "",
         decoupled: bool = False,
         output_names: Sequence[str] = (),
+        reshape: Reshape | None = None,
         hand: Hand | None = None,
         on_released: Callable[[Member], None] = lambda member: None,
         on_abandoned: Callable[[Batch], None] = lambda batch: None,
@@ -126,6 +131,7 @@ class Batch:
         self.on_released = on_released
         self._on_abandoned = on_abandoned
         self._output_names = output_names
+        self._reshape = reshape
         self._hand = hand
         self.formed_at = trio.current_time()
         #: Set by the backend when inputs are on the device / results start to come back; for the statistics.
@@ -215,7 +221,7 @@ class Batch:
                 InternalError(f"{request.label}model '{request.model_name}' did not produce output {missing}"),
             )
             return
-        self._deliver(member, outputs, final, parameters)
+        self._deliver(member, outputs if self._reshape is None else self._reshape(outputs), final, parameters)
 
     async def send(self, member: Member, outputs: Mapping[str, Array], *, final: bool = False) -> None:
         """Send one response of a decoupled model, waiting while the reader is behind.

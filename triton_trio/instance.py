@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
 import trio
 
-from .batch import Batch, Hand, Member
+from .batch import Batch, Hand, Member, Reshape
 from .errors import InternalError, TritonError
 from .observe.cancel_log import log_cancelled
 from .scopes import Reason
 
 if TYPE_CHECKING:
     from .backends import BackendInstance, Placement
+    from .config import ModelConfig
     from .model import Model
-    from .request import InferenceRequest
+    from .request import Array, InferenceRequest
 
 LOGGER = logging.getLogger("triton_trio.instance")
 
@@ -73,6 +74,7 @@ class ModelInstance:
         order = model.scheduler.order
         self._hand: Hand | None = None if order is None else order.hand_over
         self._output_names = tuple(output.name for output in model.config.outputs)
+        self._reshape = _reshape_outputs(model.config) if any(o.reshape for o in model.config.outputs) else None
 
     @property
     def name(self) -> str:
@@ -104,6 +106,7 @@ class ModelInstance:
             name=self.name,
             decoupled=self.model.config.decoupled,
             output_names=self._output_names,
+            reshape=self._reshape,
             hand=self._hand,
             on_released=_on_released,
             on_abandoned=self.watch_release,
@@ -168,6 +171,21 @@ class ModelInstance:
         )
         self._backend.abandon()
         self.model.instance_quarantined(self)
+
+
+def _reshape_outputs(config: ModelConfig) -> Reshape:
+    specs = {output.name: output for output in config.outputs}
+    batch_dims = 1 if config.max_batch_size > 0 else 0
+
+    def reshape(outputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        return {
+            name: array.reshape(array.shape[:batch_dims] + specs[name].to_request_shape(array.shape[batch_dims:]))
+            if name in specs
+            else array
+            for name, array in outputs.items()
+        }
+
+    return reshape
 
 
 def _on_released(member: Member) -> None:

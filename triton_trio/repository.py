@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from .backends import Backend, ModelContext
-from .config import ModelConfig, load_model_config
+from .config import ModelConfig, ignored_fields, load_model_config, refuse_unsupported
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
 from .scopes import BatchScope, Reason
@@ -247,6 +247,9 @@ class ModelRepository:
         )
         if entry.models and fingerprint == entry.fingerprint and all(model.ready for model in entry.models.values()):
             return
+        refuse_unsupported(config)
+        for ignored in ignored_fields(config):
+            LOGGER.warning("model '%s': %s has no effect: %s", name, *ignored.split(": ", 1))
         backend = self._backend(name, config.backend)
         if not self._strict_config:
             config = await trio.to_thread.run_sync(backend.auto_complete, config, directory)

@@ -25,6 +25,8 @@ from .scheduling import SequenceBatching as SequenceBatching
 from .scheduling import SequenceControl as SequenceControl
 from .scheduling import SequenceState as SequenceState
 from .tensor_spec import TensorSpec as TensorSpec
+from .unsupported import ignored_fields as ignored_fields
+from .unsupported import refuse_unsupported as refuse_unsupported
 from .version_policy import VersionPolicy as VersionPolicy
 from .warmup import ModelWarmup as ModelWarmup
 from .warmup import WarmupInput as WarmupInput

@@ -11,7 +11,7 @@ import trio
 from ..server import InferenceServer
 from .codec import UpbCodec
 from .health import Health
-from .server import GrpcOptions, GrpcServer, open_grpc_listeners
+from .server import GrpcOptions, GrpcServer, Servable, open_grpc_listeners
 from .service import GrpcInferenceService
 
 
@@ -40,7 +40,12 @@ async def serve_grpc(
     """
     if listeners is None:
         listeners = await open_grpc_listeners(host, port, ssl_context=tls)
-    frontend = GrpcServer([GrpcInferenceService(server), Health(server)], codec=UpbCodec(), options=options)
+    services: list[Servable] = [GrpcInferenceService(server), Health(server)]
+    codec = UpbCodec()
+    for service in services:
+        for handler in service.__mapping__().values():
+            codec.prepare(handler.request_type, handler.reply_type)  # now, not under the first request's eyes
+    frontend = GrpcServer(services, codec=codec, options=options)
     # Before it is started: a short-lived server may have closed its sockets when start_frontend returns.
     addresses = [_address(listener) for listener in listeners]
     await server.start_frontend(frontend, frontend.serve, listeners, name="grpc frontend")

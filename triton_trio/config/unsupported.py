@@ -1,0 +1,35 @@
+"""What a configuration asks for and this server does not do: said at load, never passed over in silence."""
+
+from __future__ import annotations
+
+from ..errors import Unsupported
+from .model_config import ModelConfig
+
+_IGNORED = {
+    "batch_input": "the backend gets no batch inputs",
+    "batch_output": "outputs are split by rows",
+    "model_repository_agents": "no agent runs",
+    "model_warmup": "programs are compiled at load anyway",
+    "model_operations": "no library is loaded",
+    "metric_tags": "metrics are not exported yet",
+    "model_metrics": "metrics are not exported yet",
+}
+
+
+def refuse_unsupported(config: ModelConfig) -> None:
+    """Raise :exc:`Unsupported` for what would change the model's answers if it were left out."""
+    if config.sequence_batching is not None:
+        raise Unsupported(f"model '{config.name}': sequence_batching is not supported yet")
+    if config.ensemble_scheduling is not None:
+        raise Unsupported(f"model '{config.name}': ensemble_scheduling is not supported yet")
+
+
+def ignored_fields(config: ModelConfig) -> list[str]:
+    """Fields that are set and have no effect here, each with what happens instead."""
+    present = {field.name for field, _ in config.message.ListFields()}
+    found = [f"{name}: {why}" for name, why in _IGNORED.items() if name in present]
+    if config.response_cache:
+        found.append("response_cache: the response cache is not supported yet")
+    if any(group.rate_limiter.resources for group in config.instance_groups):
+        found.append("instance_group.rate_limiter: the rate limiter is not supported yet")
+    return found
