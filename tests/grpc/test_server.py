@@ -13,7 +13,7 @@ from grpclib.const import Cardinality, Status
 from grpclib.exceptions import GRPCError
 
 from triton_trio.errors import NotFound
-from triton_trio.grpc.server import decode_timeout
+from triton_trio.grpc.connection import decode_timeout
 from triton_trio.scopes import Reason
 
 from .wire import NO_ERROR, REFUSED_STREAM, BytesStream, RawClient, Service, message, open_world
@@ -41,9 +41,7 @@ async def test_four_kinds_of_call() -> None:
         joined, both = client.headers("join"), client.headers("bidi")
         await client.send(joined, both)
         for part in (b"a", b"b"):
-            await client.send(
-                client.data(joined.stream_id, message(part)), client.data(both.stream_id, message(part))
-            )
+            await client.send(client.data(joined.stream_id, message(part)), client.data(both.stream_id, message(part)))
             await settle()
         assert client.answers[both.stream_id].messages == [b"a", b"b"], "answers come while requests still go"
         await client.send(client.data(joined.stream_id, end=True), client.data(both.stream_id, end=True))
@@ -164,7 +162,12 @@ async def test_unary_handler_without_an_answer_is_an_error(caplog: pytest.LogCap
     [
         ({"path": "/test.Service/Nope"}, "200", 12, "Method not found: /test.Service/Nope"),
         ({"without": ["content-type"]}, "415", 2, "Missing content-type header"),
-        ({"without": ["content-type"], "extra": [("content-type", "text/plain")]}, "415", 2, "Unacceptable content-type header"),
+        (
+            {"without": ["content-type"], "extra": [("content-type", "text/plain")]},
+            "415",
+            2,
+            "Unacceptable content-type header",
+        ),
         ({"without": ["te"]}, "400", 2, 'Required "te: trailers" header is missing'),
         ({"without": [":method"], "extra": []}, None, None, ""),
         ({"extra": [("grpc-timeout", "soon")]}, "200", 13, "Invalid grpc-timeout header: 'soon'"),
@@ -347,8 +350,7 @@ async def test_E1_deadline_of_the_drain_gives_every_stream_a_status(autojump_clo
         async def serve_until_drained() -> None:
             with trio.CancelScope() as scope:
                 world.nursery.start_soon(drain_later, scope)
-                async with trio.open_nursery() as nursery:
-                    nursery.start_soon(world.server.serve_connection, theirs)
+                await world.server.serve_connection(theirs)
             ended.append(trio.current_time())
 
         async def drain_later(scope: trio.CancelScope) -> None:
@@ -457,13 +459,19 @@ async def test_serve_on_any_listener_until_drained() -> None:
         listener = MemoryListener()
         ours, theirs = trio.testing.memory_stream_pair()
         client = RawClient(ours)
-        async with trio.open_nursery() as nursery:
-            await nursery.start(world.server.serve, [listener])
-            nursery.start_soon(client.listen)
-            await listener.send.send(theirs)
-            await client.handshake()
-            await client.assert_serves()
-            world.server.start_drain()
-        assert client.closed, "serve() has returned, so the nursery could close"
+        returned = trio.Event()
+
+        async def serve() -> None:
+            await world.server.serve([listener])
+            returned.set()
+
+        world.nursery.start_soon(serve)
+        world.nursery.start_soon(client.listen)
+        await listener.send.send(theirs)
+        await client.handshake()
+        await client.assert_serves()
+        world.server.start_drain()
+        await returned.wait()
+        assert client.closed
         with pytest.raises(trio.BrokenResourceError):
             await listener.send.send(theirs)

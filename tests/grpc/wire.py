@@ -239,9 +239,7 @@ class RawClient:
         head = self.headers(path, extra=extra)
         return [head, self.data(head.stream_id, message(payload), end=True)]
 
-    async def start(
-        self, path: str = "echo", payload: bytes = b"hi", *, extra: Iterable[tuple[str, str]] = ()
-    ) -> int:
+    async def start(self, path: str = "echo", payload: bytes = b"hi", *, extra: Iterable[tuple[str, str]] = ()) -> int:
         """Send a whole unary request; returns its stream id when the server has nothing more to do at once."""
         frames = self.call(path, payload, extra=extra)
         await self.send(*frames)

@@ -15,6 +15,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from .http2 import Http2Connection, Http2Stream
+from .http2_stream import RawHeaders
 
 PREFIX_LENGTH = 5
 ACCEPT_ENCODING = b"identity,deflate,gzip"
@@ -114,7 +115,7 @@ class MessageStream(Http2Stream):
     def on_messages(self) -> None:
         """Something that a receiver may look at has changed: messages, failure, or the end of the stream."""
 
-    def on_trailers(self, headers: tuple[tuple[bytes, bytes], ...]) -> None:
+    def on_trailers(self, headers: RawHeaders) -> None:
         self.on_data(b"", True)
 
     def on_reset(self, error_code: int, by_peer: bool) -> None:
@@ -241,9 +242,7 @@ class MessageStream(Http2Stream):
             flag = b"\1"
         length = len(payload)
         if length > self.max_send:
-            raise GRPCError(
-                Status.RESOURCE_EXHAUSTED, f"Sent message larger than max ({length} vs. {self.max_send})"
-            )
+            raise GRPCError(Status.RESOURCE_EXHAUSTED, f"Sent message larger than max ({length} vs. {self.max_send})")
         prefix = flag + length.to_bytes(4, "big")
         if length <= _JOIN_LIMIT:
             self.send_data(prefix + payload, end_stream=end_stream)

@@ -17,170 +17,31 @@ Rules that the rest of the package relies on:
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from math import inf
+from collections.abc import Callable
 from typing import Any, Literal
 
 import ngh2
 import trio
-from ngh2 import ErrorCode as ErrorCode
 from ngh2 import Setting
+
+from .frames import FrameFollower
+from .http2_options import ErrorCode as ErrorCode
+from .http2_options import Http2Options as Http2Options
+from .http2_options import Http2Statistics as Http2Statistics
+from .http2_stream import Headers, RawHeaders
+from .http2_stream import Http2Stream as Http2Stream
+from .watchdog import Watchdog
+from .writer import Writer
 
 logger = logging.getLogger("triton_trio.http2")
 
-Headers = Iterable[tuple[bytes, bytes]]
-
 _SMALL_READ = 65_536  # below malloc's mmap threshold: an idle connection costs no page faults
 _LARGE_READ = 1 << 20
-_WRITE_SLICE = 1 << 20  # the write-stall watchdog wants to see progress within one large flush
 _PREFACE_LENGTH = 24
-_DATA_FRAME = 0
 _PING_PAYLOAD = b"tritrio\0"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Http2Options:
-    """Limits of one connection.  Sizes are bytes, times are seconds; ``inf`` turns a timer off."""
-
-    initial_window_size: int = 8 << 20  #: per stream; a 4 MB tensor needs no round trip
-    connection_window_size: int = 64 << 20  #: what all streams together may hold unread
-    max_frame_size: int = 1 << 20
-    advertised_streams: int = 2_000  #: MAX_CONCURRENT_STREAMS; a peer that exceeds it loses its connection
-    max_header_list_size: int = 16_384
-    max_header_count: int = 128
-    outbound_limit: int = 256 << 10  #: per stream: a sender with more than this queued waits
-    stall_limit: float = 30.0  #: a peer that takes nothing for this long is not reading
-    handshake_timeout: float = 10.0  #: for the preface and the first SETTINGS
-    keepalive_time: float = 60.0  #: PING after this much silence
-    keepalive_timeout: float = 20.0  #: without an ACK in this time the connection is lost
-    keepalive_without_streams: bool = False
-    flush_timeout: float = 2.0  #: for the last bytes (GOAWAY, trailers) of a connection that ends
-    max_backlog: int = 20_000  #: frames other than DATA that may wait for a peer that does not read
-    max_empty_frames: int = 10_000  #: zero-length DATA without END_STREAM, per connection
-
-
-@dataclass(frozen=True)
-class Http2Statistics:
-    """One connection, at one moment."""
-
-    open_streams: int
-    streams_total: int
-    resets_received: int
-    resets_sent: int
-    bytes_received: int
-    bytes_sent: int
-    queued_bytes: int  #: body bytes waiting for the peer's flow control
-    unacknowledged_bytes: int  #: received, not yet consumed by their streams
-    local_window: int  #: what the peer may still send on this connection
-
-
-class Http2Stream:
-    """One stream.  Subclass it and override the ``on_*`` methods; the connection calls them, synchronously.
-
-    ``on_reset`` and ``on_lost`` are the last call a stream gets; ``closed`` is already true in them.
-    """
-
-    __slots__ = ("closed", "connection", "local_ended", "remote_ended", "stream_id", "unacknowledged")
-
-    def __init__(self, connection: Http2Connection, stream_id: int) -> None:
-        self.connection = connection
-        self.stream_id = stream_id
-        self.closed = False  #: nothing can be sent or received any more
-        self.local_ended = False  #: END_STREAM is sent or queued
-        self.remote_ended = False  #: END_STREAM has been received: half-closed, which is never a cancel
-        self.unacknowledged = 0  #: bytes delivered to on_data and not yet given back to the window
-
-    # -- called by the connection ----------------------------------------------------------------------------------
-
-    def on_headers(self, headers: tuple[tuple[bytes, bytes], ...], end_stream: bool) -> None:
-        """Client: the response headers."""
-
-    def on_data(self, data: bytes, end_stream: bool) -> None:
-        """Body bytes; whoever consumes them calls :meth:`acknowledge`."""
-
-    def on_trailers(self, headers: tuple[tuple[bytes, bytes], ...]) -> None:
-        """Trailers; the peer sends nothing more."""
-
-    def on_reset(self, error_code: int, by_peer: bool) -> None:
-        """RST_STREAM: from the peer, or (``by_peer=False``) from our engine because the peer broke this stream."""
-
-    def on_lost(self, why: str) -> None:
-        """The connection has ended under the stream."""
-
-    def on_stalled(self) -> None:
-        """The peer did not read for the stall limit; the stream has been reset with CANCEL."""
-
-    # -- called by the owner ---------------------------------------------------------------------------------------
-
-    def send_headers(self, headers: Headers, *, end_stream: bool = False) -> None:
-        """Server: queue the response headers."""
-        if self.closed or self.local_ended:
-            return
-        connection = self.connection
-        connection.engine.send_response(self.stream_id, headers, end_stream=end_stream)
-        if end_stream:
-            connection._ended_locally(self)
-        connection._backlog += 1
-        connection._wake_writer()
-
-    def send_data(self, data: bytes, *, end_stream: bool = False) -> None:
-        """Queue body bytes; large objects are kept by reference.  Use :meth:`wait_writable` to bound the queue."""
-        if self.closed or self.local_ended:
-            return
-        connection = self.connection
-        connection.engine.send_data(self.stream_id, data, end_stream=end_stream)
-        if end_stream:
-            connection._ended_locally(self)
-        connection._wake_writer()
-
-    def send_trailers(self, headers: Headers) -> None:
-        """Queue trailers behind all queued body bytes.  They end the stream."""
-        if self.closed or self.local_ended:
-            return
-        connection = self.connection
-        connection.engine.send_trailers(self.stream_id, headers)
-        connection._ended_locally(self)
-        connection._wake_writer()
-
-    def reset(self, error_code: int = ErrorCode.CANCEL) -> None:
-        """Send RST_STREAM, drop what is queued and give the unread bytes back.  No callback follows."""
-        if not self.closed:
-            self.connection._reset(self, error_code)
-
-    def acknowledge(self, amount: int) -> None:
-        """Give ``amount`` received bytes back to the stream's and the connection's window."""
-        if amount and not self.closed:
-            self.unacknowledged -= amount
-            self.connection._acknowledge(self.stream_id, amount)
-
-    @property
-    def queued(self) -> int:
-        """Body bytes that flow control or the transport has not taken yet."""
-        return 0 if self.connection.ended else self.connection.engine.queued_body_size(self.stream_id)
-
-    async def wait_writable(self) -> None:
-        """Wait until no more than ``outbound_limit`` bytes are queued, or the stream has closed.
-
-        Checkpoints only if it must wait.  A peer that takes nothing for ``stall_limit`` is a slow consumer: the stream
-        is reset, :meth:`on_stalled` is called, and this returns.
-
-        **Cancellation:** leaves the queued bytes queued; trailers may still be sent behind them.
-        """
-        connection = self.connection
-        options = connection.options
-        before = self.queued
-        while not self.closed and before > options.outbound_limit:
-            with trio.move_on_after(options.stall_limit) as patience:
-                await connection._wait_drained(self)
-            now = self.queued
-            if patience.cancelled_caught and not self.closed and now >= before:
-                self.reset(ErrorCode.CANCEL)
-                self.on_stalled()
-            before = now
-
-
-Accept = Callable[["Http2Connection", int, tuple[tuple[bytes, bytes], ...], bool], Http2Stream | None]
+Accept = Callable[["Http2Connection", int, RawHeaders, bool], Http2Stream | None]
 
 
 class Http2Connection:
@@ -217,34 +78,20 @@ class Http2Connection:
         self._server = role == "server"
         self._accept = accept
         self._after_read = after_read
-        self._check_timers = check_timers
-        self._parked_writer: trio.lowlevel.Task | None = None
         self._blocked: dict[Http2Stream, trio.lowlevel.Task] = {}
         self._ended_early: list[Http2Stream] = []
-        self._undelivered: dict[Http2Stream, tuple[float, int]] = {}
         self._pending_resets: dict[int, int] = {}
         self._backlog = 0
         self._empty_frames = 0
         self._goaway = b""
-        # Where the peer's bytes are within a frame; see _follow_frames.
-        self._frame_left = _PREFACE_LENGTH if self._server else 0
-        self._frame_head = b""
-        self._torn_stream = 0
+        self._frames = FrameFollower(_PREFACE_LENGTH if self._server else 0)
         self._read_scope = trio.CancelScope()
-        self._write_scope = trio.CancelScope(shield=True)
-        self._watch_scope = trio.CancelScope()
-        self._alarm = trio.CancelScope()
-        self._reader_stopped = trio.Event()
-        now = trio.current_time()
-        self._last_read = now
-        self._ping_sent: float | None = None
-        self._write_began: float | None = None
-        self._handshake_deadline = now + options.handshake_timeout
+        self.writer = Writer(self)
+        self.watchdog = Watchdog(self, check_timers)
         self._streams_total = 0
         self._resets_received = 0
         self._resets_sent = 0
         self._bytes_received = 0
-        self._bytes_sent = 0
         self.nursery: trio.Nursery  #: for the tasks of the streams; exists while run() does
         self.engine = ngh2.Connection(
             ngh2.Role.SERVER if self._server else ngh2.Role.CLIENT,
@@ -274,10 +121,8 @@ class Http2Connection:
 
     # -- life ------------------------------------------------------------------------------------------------------
 
-    async def run(
-        self,
-        *,
-        task_status: trio.TaskStatus[trio.Nursery] = trio.TASK_STATUS_IGNORED,
+    async def run(  # noqa: ASYNC114  # nothing is lost if a caller uses start_soon
+        self, *, task_status: trio.TaskStatus[trio.Nursery] = trio.TASK_STATUS_IGNORED
     ) -> None:
         """Drive the connection until it has ended and every task in its nursery is gone.
 
@@ -289,18 +134,31 @@ class Http2Connection:
         try:
             async with trio.open_nursery() as io:
                 # Ends after its last flush, which _shut_down bounds; shielded, so cancelled by nothing else.
-                io.start_soon(self._write_loop, name=f"writer {self.label}")
+                io.start_soon(self.writer.run, name=f"writer {self.label}")
                 try:
                     async with trio.open_nursery() as nursery:
                         self.nursery = nursery
                         # Both end with the connection: _shut_down cancels their scopes.
                         nursery.start_soon(self._read_loop, name=f"reader {self.label}")
-                        nursery.start_soon(self._watch, name=f"watchdog {self.label}")
+                        nursery.start_soon(self.watchdog.run, name=f"watchdog {self.label}")
                         task_status.started(nursery)
                 finally:
                     self._shut_down("the connection was closed here", goaway=ErrorCode.NO_ERROR)
         finally:
             await trio.aclose_forcefully(self.transport)
+
+    def arm(self, deadline: float) -> None:
+        """Have the watchdog, and with it ``check_timers``, look at the clock no later than ``deadline``."""
+        self.watchdog.arm(deadline)
+
+    def ping(self) -> None:
+        """Send a keepalive PING."""
+        self.engine.ping(_PING_PAYLOAD)
+        self.writer.wake()
+
+    def abandon(self, why: str) -> None:
+        """End the connection now; its peer does not listen, so nothing is flushed."""
+        self._shut_down(why, flush=False)
 
     def close(self, error_code: int = ErrorCode.NO_ERROR, why: str = "the connection was closed here") -> None:
         """End the connection now: its streams are lost, GOAWAY and what is queued is flushed."""
@@ -314,7 +172,7 @@ class Http2Connection:
         if self._server:
             # The notice names no last stream: what crosses it on the wire is refused one by one, and is safe to retry.
             self.engine.send_shutdown_notice()
-            self._wake_writer()
+            self.writer.wake()
         self._end_if_drained()
 
     def open_stream(
@@ -331,8 +189,8 @@ class Http2Connection:
         stream = self.streams[stream_id] = factory(self, stream_id)
         stream.local_ended = end_stream
         self._streams_total += 1
-        self.arm(self._last_read + self.options.keepalive_time)
-        self._wake_writer()
+        self.watchdog.arm(self.watchdog.last_read + self.options.keepalive_time)
+        self.writer.wake()
         return stream
 
     @property
@@ -348,7 +206,7 @@ class Http2Connection:
             resets_received=self._resets_received,
             resets_sent=self._resets_sent,
             bytes_received=self._bytes_received,
-            bytes_sent=self._bytes_sent,
+            bytes_sent=self.writer.bytes_sent,
             queued_bytes=0 if self.ended else self.engine.queued_body_size(),
             unacknowledged_bytes=sum(stream.unacknowledged for stream in self.streams.values()),
             local_window=0 if self.ended else self.engine.local_window_size,
@@ -371,12 +229,12 @@ class Http2Connection:
                 # The engine is unusable after what it has just read.  A GOAWAY is 17 bytes, so we write it ourselves.
                 self._goaway = b"\0\0\x08\x07\0\0\0\0\0" + bytes(4) + goaway.to_bytes(4, "big")
         if flush:
-            self._write_scope.deadline = trio.current_time() + self.options.flush_timeout
+            self.writer.cancel_scope.deadline = trio.current_time() + self.options.flush_timeout
         else:
-            self._write_scope.cancel(reason=why)
+            self.writer.cancel_scope.cancel(reason=why)
         lost = list(self.streams.values())
         self.streams.clear()
-        self._undelivered.clear()
+        self.watchdog.undelivered.clear()
         self._ended_early.clear()
         for stream in lost:
             stream.closed = True
@@ -386,8 +244,8 @@ class Http2Connection:
             trio.lowlevel.reschedule(task)
         self._blocked.clear()
         self._read_scope.cancel(reason=why)
-        self._watch_scope.cancel(reason=why)
-        self._wake_writer()
+        self.watchdog.cancel_scope.cancel(reason=why)
+        self.writer.wake()
 
     def _end_if_drained(self) -> None:
         if self.draining and not self.streams and self.ended is None:
@@ -411,12 +269,12 @@ class Http2Connection:
         except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
             self._shut_down(f"the connection broke: {exc}", flush=False)
         finally:
-            self._reader_stopped.set()
+            self.writer.reader_stopped.set()
 
     def _receive(self, data: bytes | bytearray) -> None:
         self._bytes_received += len(data)
-        self._last_read = trio.current_time()
-        self._follow_frames(data)
+        self.watchdog.last_read = trio.current_time()
+        self._frames.feed(data)
         engine = self.engine
         try:
             engine.receive_data(data)
@@ -432,38 +290,7 @@ class Http2Connection:
         if self._backlog > self.options.max_backlog:
             self._shut_down("the peer does not read what it asks for", flush=False)
         if self.ended is None and (engine.want_write or self._pending_resets):
-            self._wake_writer()
-
-    def _follow_frames(self, data: bytes | bytearray) -> None:
-        """Know on which stream a DATA frame is half read.
-
-        The engine drops the bytes of a half-read frame when its stream is reset, without giving them back to the
-        connection's window.  So a reset waits for the end of the frame (see _take_output), and for that we must know.
-        """
-        size = len(data)
-        position = self._frame_left
-        if position >= size:
-            self._frame_left = position - size
-            if position == size:
-                self._torn_stream = 0
-            return
-        if self._frame_head:
-            data = self._frame_head + data
-            size = len(data)
-            position = 0
-            self._frame_head = b""
-        start = -1
-        while position + 9 <= size:
-            start = position
-            position += 9 + (data[position] << 16 | data[position + 1] << 8 | data[position + 2])
-        self._torn_stream = 0
-        if position > size:
-            self._frame_left = position - size
-            if data[start + 3] == _DATA_FRAME:
-                self._torn_stream = int.from_bytes(data[start + 5 : start + 9], "big")
-        else:
-            self._frame_left = 0
-            self._frame_head = bytes(data[position:])
+            self.writer.wake()
 
     def _dispatch(self) -> None:
         """Deliver the engine's events, in order."""
@@ -484,7 +311,7 @@ class Http2Connection:
         self._streams_total += 1
         stream.remote_ended = event.end_stream
         self.streams[stream_id] = stream
-        self.arm(self._last_read + self.options.keepalive_time)
+        self.watchdog.arm(self.watchdog.last_read + self.options.keepalive_time)
 
     def _data_received(self, event: ngh2.DataReceived) -> None:
         stream_id = event.stream_id
@@ -533,14 +360,14 @@ class Http2Connection:
             stream.on_reset(event.error_code, False)
 
     def _settings_received(self, event: ngh2.SettingsReceived) -> None:
-        self._handshake_deadline = inf
+        self.watchdog.handshake_done()
         self.peer_max_concurrent_streams = event.settings.get(
             Setting.MAX_CONCURRENT_STREAMS, self.peer_max_concurrent_streams
         )
 
     def _ping_acknowledged(self, event: ngh2.PingAcknowledged) -> None:
         if event.opaque_data == _PING_PAYLOAD:
-            self._ping_sent = None
+            self.watchdog.ping_sent = None
 
     def _goaway_received(self, event: ngh2.GoAwayReceived) -> None:
         if event.error_code != ErrorCode.NO_ERROR:
@@ -559,7 +386,7 @@ class Http2Connection:
         """``stream`` has closed: its unread bytes go back to the window, its waiting sender wakes up."""
         stream.closed = True
         del self.streams[stream.stream_id]
-        self._undelivered.pop(stream, None)
+        self.watchdog.undelivered.pop(stream, None)
         if stream.unacknowledged:
             self._acknowledge(stream.stream_id, stream.unacknowledged)
             stream.unacknowledged = 0
@@ -578,22 +405,22 @@ class Http2Connection:
         self._pending_resets[stream_id] = error_code
         self._resets_sent += 1
         self._backlog += 1
-        self._wake_writer()
+        self.writer.wake()
 
     def _ended_locally(self, stream: Http2Stream) -> None:
         """Trailers are queued.  From here on the watchdog, not a task, sees to it that the peer takes them."""
         stream.local_ended = True
         now = trio.current_time()
-        self._undelivered[stream] = (now, stream.queued)
-        self.arm(now + self.options.stall_limit)
+        self.watchdog.undelivered[stream] = (now, stream.queued)
+        self.watchdog.arm(now + self.options.stall_limit)
         if self._server and not stream.remote_ended:
             self._ended_early.append(stream)
 
     def _acknowledge(self, stream_id: int, amount: int) -> None:
         if amount and self.ended is None:
             self.engine.acknowledge_received_data(amount, stream_id)
-            if self._parked_writer is not None and self.engine.want_write:  # a WINDOW_UPDATE has become due
-                self._wake_writer()
+            if self.writer.asleep and self.engine.want_write:  # a WINDOW_UPDATE has become due
+                self.writer.wake()
 
     async def _wait_drained(self, stream: Http2Stream) -> None:
         if stream in self._blocked:
@@ -608,60 +435,8 @@ class Http2Connection:
 
     # -- writing ---------------------------------------------------------------------------------------------------
 
-    def _wake_writer(self) -> None:
-        task = self._parked_writer
-        if task is not None:
-            self._parked_writer = None
-            trio.lowlevel.reschedule(task)
-
-    async def _write_loop(self) -> None:
-        transport = self.transport
-        with self._write_scope:
-            try:
-                while True:
-                    data = self._take_output()
-                    if data:
-                        await self._write(data)
-                    elif self.ended is not None:
-                        break
-                    else:
-                        await self._park_writer()
-                # Closing with unread bytes in the socket makes the kernel send RST, which can destroy the last
-                # answers on their way.  So: our FIN, then the peer's, within the flush timeout.
-                if isinstance(transport, trio.abc.HalfCloseableStream):
-                    await transport.send_eof()
-                    await self._reader_stopped.wait()
-                    while await transport.receive_some(_SMALL_READ):
-                        pass
-            except (trio.BrokenResourceError, trio.ClosedResourceError) as exc:
-                self._shut_down(f"the connection broke: {exc}", flush=False)
-        # With the last flush the transport goes, even if a handler below is still in its clean-up.
-        await trio.aclose_forcefully(transport)
-
-    async def _write(self, data: bytes) -> None:
-        self._bytes_sent += len(data)
-        now = self._write_began = trio.current_time()
-        self.arm(now + self.options.stall_limit)
-        if len(data) <= _WRITE_SLICE:
-            await self.transport.send_all(data)
-        else:
-            view = memoryview(data)
-            for start in range(0, len(data), _WRITE_SLICE):
-                await self.transport.send_all(view[start : start + _WRITE_SLICE])
-                self._write_began = trio.current_time()
-        self._write_began = None
-
-    async def _park_writer(self) -> None:
-        self._parked_writer = trio.lowlevel.current_task()
-
-        def abort(_: object) -> trio.lowlevel.Abort:
-            self._parked_writer = None
-            return trio.lowlevel.Abort.SUCCEEDED
-
-        await trio.lowlevel.wait_task_rescheduled(abort)
-
-    def _take_output(self) -> bytes:
-        """Everything that may go on the wire now."""
+    def take_output(self) -> bytes:
+        """Everything that may go on the wire now.  The writer's."""
         engine = self.engine
         try:
             if self._pending_resets and self.ended is None:
@@ -683,7 +458,7 @@ class Http2Connection:
         return data
 
     def _submit_resets(self) -> None:
-        torn = self._torn_stream
+        torn = self._frames.torn_stream
         for stream_id in list(self._pending_resets):
             if stream_id != torn:
                 self.engine.reset_stream(stream_id, self._pending_resets.pop(stream_id))
@@ -707,72 +482,6 @@ class Http2Connection:
         data = self.engine.data_to_send()
         self._dispatch()
         return data
-
-    # -- time ------------------------------------------------------------------------------------------------------
-
-    def arm(self, deadline: float) -> None:
-        """Have the watchdog look at its timers no later than ``deadline``."""
-        if deadline < self._alarm.deadline:
-            self._alarm.deadline = deadline
-
-    async def _watch(self) -> None:
-        """One task for every timer of the connection, asleep until the earliest.  It needs no traffic to fire."""
-        with self._watch_scope:
-            while True:
-                self._alarm = trio.CancelScope(deadline=self._check(trio.current_time()))
-                with self._alarm:
-                    await trio.sleep_forever()
-
-    def _check(self, now: float) -> float:
-        """Act on the timers that have run out; return when the next one does."""
-        options = self.options
-        due = [self._handshake_deadline]
-        if now >= self._handshake_deadline:
-            self._shut_down("no HTTP/2 preface and SETTINGS in time", goaway=ErrorCode.SETTINGS_TIMEOUT)
-        if self._write_began is not None:
-            due.append(self._write_began + options.stall_limit)
-            if now >= due[-1]:
-                self._shut_down("the peer does not read", flush=False)
-        due.append(self._check_keepalive(now))
-        due.append(self._check_undelivered(now))
-        if self._check_timers is not None:
-            due.append(self._check_timers(now))
-        return min(due)
-
-    def _check_keepalive(self, now: float) -> float:
-        options = self.options
-        if self._ping_sent is not None:
-            if self._last_read > self._ping_sent:  # any byte proves life, and an ACK may queue behind a large upload
-                self._ping_sent = None
-            elif now >= self._ping_sent + options.keepalive_timeout:
-                self._shut_down("the peer did not answer a keepalive PING", flush=False)
-                return inf
-            else:
-                return self._ping_sent + options.keepalive_timeout
-        if not self.streams and not options.keepalive_without_streams:
-            return inf
-        due = self._last_read + options.keepalive_time
-        if now < due or self.ended is not None:
-            return due
-        self.engine.ping(_PING_PAYLOAD)
-        self._ping_sent = now
-        self._wake_writer()
-        return now + options.keepalive_timeout
-
-    def _check_undelivered(self, now: float) -> float:
-        """Streams whose handler is done while the peer does not take the answer."""
-        limit = self.options.stall_limit
-        for stream, (since, queued) in list(self._undelivered.items()):
-            if now < since + limit:
-                return since + limit  # in order of time, so the rest is younger
-            del self._undelivered[stream]
-            left = stream.queued
-            if left < queued:
-                self._undelivered[stream] = (now, left)
-            else:
-                self._reset(stream, ErrorCode.CANCEL)
-                stream.on_stalled()
-        return now + limit if self._undelivered else inf
 
 
 _HANDLERS: dict[type, Callable[[Any, Any], None]] = {
