@@ -224,6 +224,32 @@ async def test_d5_an_error_of_one_request_leaves_the_stream(tmp_path: Path) -> N
         assert (await call.settle())[-1] == ("later", "8")
 
 
+@pytest.mark.parametrize(
+    ("model", "expected"),
+    [
+        ("once", [("a", "too large"), ("b", "3")]),
+        # A decoupled request ends with its error: what it would still have sent does not follow.
+        ("repeat", [("a", "0"), ("b", "0"), ("b", "too large")]),
+    ],
+)
+async def test_d5_a_response_that_is_too_large_is_its_requests_error(
+    tmp_path: Path, model: str, expected: list[tuple[str, str]]
+) -> None:
+    class Limited(MemoryStream):
+        async def send_message(self, message: pb.ModelStreamInferResponse) -> None:
+            if message.infer_response and message.infer_response.raw_output_contents == [np.int32(1).tobytes()]:
+                raise GRPCError(Status.RESOURCE_EXHAUSTED, "too large")
+            await super().send_message(message)
+
+    async with open_world(tmp_path / "models") as server:
+        call = Rpc(server, Limited())
+        call.stream.send(infer_message(model, 1, id="a"), infer_message(model, 3, id="b"))
+        call.stream.half_close()
+        await call.run()
+        assert call.error is None
+        assert await call.settle() == expected
+
+
 async def test_d5_an_admins_cancel_of_one_request_is_a_message_and_not_a_status(tmp_path: Path) -> None:
     gate = Gate()
     async with rpc(tmp_path, {"once": gate}) as call:

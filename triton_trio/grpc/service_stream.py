@@ -17,7 +17,7 @@ from grpclib.const import Status
 from grpclib.exceptions import GRPCError
 
 from .._pb import inference as pb
-from ..errors import TritonError
+from ..errors import InvalidArgument, TritonError
 from ..scopes import Reason
 from .service_infer import decode_request, encode_error, encode_response, wants_empty_final
 
@@ -31,22 +31,16 @@ if TYPE_CHECKING:
 MAX_IN_FLIGHT = 256
 
 
-class InferStream:
-    """One ModelStreamInfer RPC.
-
-    Args:
-      errors_end_rpc: the first error of a request ends the RPC with that error's status (``triton_grpc_error: true``).
-      max_in_flight: see :data:`MAX_IN_FLIGHT`.
-    """
+class _InferStream:
+    """The requests of one ModelStreamInfer RPC; see :func:`serve_stream`."""
 
     def __init__(
         self,
         inference: Inference,
         stream: ServerStream[pb.ModelInferRequest, pb.ModelStreamInferResponse],
         nursery: trio.Nursery,
-        *,
-        errors_end_rpc: bool = False,
-        max_in_flight: int = MAX_IN_FLIGHT,
+        errors_end_rpc: bool,
+        max_in_flight: int,
     ) -> None:
         self.failure: tuple[Status, str | None] | None = None
         self._inference = inference
@@ -102,13 +96,9 @@ class InferStream:
         try:
             try:
                 response = await self._inference.infer(message, stream=True)
+                await self._send(pb.ModelStreamInferResponse(infer_response=response), turn)
             except TritonError as exc:
-                reply = self._error(message, exc)
-            else:
-                reply = pb.ModelStreamInferResponse(infer_response=response)
-            if turn is not None:
-                await turn.wait()
-            await self._send(reply)
+                await self._send(self._error(message, exc), turn)
         finally:
             served.set()
 
@@ -131,11 +121,17 @@ class InferStream:
             response = await self._inference.classify(model, response, classes)
         await self._send(pb.ModelStreamInferResponse(infer_response=encode_response(response, stream=True)))
 
-    async def _send(self, reply: pb.ModelStreamInferResponse) -> None:
+    async def _send(self, reply: pb.ModelStreamInferResponse, turn: trio.Event | None = None) -> None:
+        if turn is not None and not turn.is_set():
+            await turn.wait()
         # The transport queues a message at once and then waits for room, for one sender at a time.
         async with self._writing:
             if self.failure is None:
-                await self._stream.send_message(reply)
+                try:
+                    await self._stream.send_message(reply)
+                except GRPCError as exc:
+                    # Nothing was sent: too large.  That is the request's failure, not the stream's.
+                    raise InvalidArgument(exc.message) from None
 
     def _error(self, message: pb.ModelInferRequest, error: TritonError) -> pb.ModelStreamInferResponse:
         if self._errors_end_rpc:
@@ -159,6 +155,8 @@ async def serve_stream(
     """Serve until the client has closed its side and everything it asked for is answered.
 
     Args:
+      inference: of the server.
+      stream: the RPC; its messages are read here and nowhere else.
       errors_end_rpc: the first error of a request ends the RPC with its status (``triton_grpc_error: true``).
       max_in_flight: see :data:`MAX_IN_FLIGHT`.
 
@@ -169,7 +167,7 @@ async def serve_stream(
     one request becomes its error message and leaves the stream as it was.
     """
     async with trio.open_nursery() as nursery:
-        requests = InferStream(inference, stream, nursery, errors_end_rpc=errors_end_rpc, max_in_flight=max_in_flight)
+        requests = _InferStream(inference, stream, nursery, errors_end_rpc, max_in_flight)
         requests.start_reader()
     if requests.failure is not None:
         raise GRPCError(*requests.failure)
