@@ -34,11 +34,13 @@ LOGGER = logging.getLogger("triton_trio.server")
 EXTENSIONS = (
     "classification",
     "model_repository",
+    "model_repository(unload_dependents)",
     "schedule_policy",
     "model_configuration",
     "binary_tensor_data",
     "parameters",
     "statistics",
+    "logging",
 )
 
 
