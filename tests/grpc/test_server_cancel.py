@@ -481,6 +481,46 @@ async def test_D3_the_reset_that_stops_an_upload_never_overtakes_the_trailers() 
         assert (answer.status, answer.reset) == (0, NO_ERROR)
 
 
+async def test_C2_an_error_beside_a_cancel_from_outside_is_logged_and_stays_in_its_rpc(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def clumsy(stream: BytesStream) -> None:
+        await stream.recv_message()
+
+        async def child() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise RuntimeError("clean-up failed")
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(child)
+            nursery.start_soon(trio.sleep_forever)
+
+    service = Service()
+    service.add("clumsy", clumsy)
+    async with open_world(service) as world:
+        ours, theirs = trio.testing.memory_stream_pair()
+        client = RawClient(ours)
+        world.nursery.start_soon(client.listen)
+        scope = trio.CancelScope()
+        over = trio.Event()
+
+        async def serve() -> None:
+            with scope:
+                await world.server.serve_connection(theirs)
+            over.set()
+
+        world.nursery.start_soon(serve)
+        await client.handshake()
+        clumsy_id, held = await client.start("clumsy"), await client.start("hold")
+        scope.cancel()
+        await over.wait()
+        await settle()
+        assert [client.answers[each].status for each in (clumsy_id, held)] == [Status.UNAVAILABLE.value] * 2
+    assert "clean-up failed" in caplog.text
+
+
 async def test_a_handlers_nursery_error_is_answered_like_the_error_itself() -> None:
     async def nested(stream: BytesStream) -> None:
         await stream.recv_message()

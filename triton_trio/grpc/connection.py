@@ -145,11 +145,12 @@ class Connection:
             self.refused += 1
             return None
         stream: Stream[Any, Any] = Stream(self, http2, stream_id, method, headers)
-        due = trio.current_time() + options.first_message_timeout
+        now = trio.current_time()
+        due = now + options.first_message_timeout
         timeout = fields.get(b"grpc-timeout")
         if timeout is not None:
             try:
-                stream.cancel_scope.deadline = trio.current_time() + decode_timeout(timeout)
+                stream.cancel_scope.deadline = now + decode_timeout(timeout)
             except ValueError as exc:
                 return self._answer(http2, stream_id, end, b"200", Status.INTERNAL, str(exc))
             due = min(due, stream.cancel_scope.deadline)
@@ -249,10 +250,10 @@ class Connection:
                     raise
             # The handler may have swallowed a Cancelled, ours or one from outside: still no OK.
             await trio.lowlevel.checkpoint_if_cancelled()
-            if scope.cancel_called:
-                stream.finish_cancelled()
-            elif stream._messages_sent or stream.method.server_streaming or stream.local_ended:
+            if stream.has_answered:
                 stream.finish(Status.OK)
+            elif scope.cancel_called:
+                stream.finish_cancelled()
             else:
                 logger.error("%s returned without sending its response message", stream.method.path)
                 stream.finish(Status.UNKNOWN, "Internal Server Error")
@@ -260,27 +261,32 @@ class Connection:
             # Not by our scope, which would have caught it: the server, or whoever runs it, stops.
             stream.finish_cancelled(Reason.SERVER_DRAIN)
             raise
-        except BaseException as exc:
-            if not self._fail(stream, exc):
-                raise
+        except Exception as exc:
+            self._fail(stream, exc)
+        except BaseExceptionGroup as group:
+            # The same from a handler with a nursery.  Its errors end here; what is not its to raise goes on.
+            own, foreign = group.split(Exception)
+            if own is not None:
+                logger.error("%s failed", stream.method.path, exc_info=own)
+            stream.finish_cancelled(Reason.SERVER_DRAIN)
+            if foreign is not None:
+                raise foreign from None
         finally:
             self._release(stream)
 
-    def _fail(self, stream: Stream[Any, Any], error: BaseException) -> bool:
-        """Answer for a handler that raised; False if the error is not the handler's to raise."""
-        error = _sole_cause(error)
-        expected = isinstance(error, (GRPCError, TritonError))
-        if not expected:
-            logger.error("%s failed", stream.method.path, exc_info=error)
+    def _fail(self, stream: Stream[Any, Any], error: Exception) -> None:
+        """Answer for a handler that raised."""
+        cause = _sole_cause(error)
+        if not isinstance(cause, (GRPCError, TritonError)):
+            logger.error("%s failed", stream.method.path, exc_info=cause)
         if stream.cancel_scope.cancel_called:
             stream.finish_cancelled()  # whatever a cancelled handler raises, its outcome is why it was cancelled
-        elif isinstance(error, GRPCError):
-            stream.finish(error.status, error.message, error.details)
-        elif isinstance(error, TritonError):
-            stream.finish(error.status, error.message)
+        elif isinstance(cause, GRPCError):
+            stream.finish(cause.status, cause.message, cause.details)
+        elif isinstance(cause, TritonError):
+            stream.finish(cause.status, cause.message)
         else:
             stream.finish(Status.UNKNOWN, "Internal Server Error")
-        return isinstance(error, Exception)
 
     async def _wait_turn(self, stream: Stream[Any, Any]) -> None:
         """Wait for a handler slot.  Whoever frees one hands it over, so nobody overtakes."""
@@ -342,8 +348,8 @@ class Connection:
         return min(next_due, self._age_limit)
 
 
-def _sole_cause(error: BaseException) -> BaseException:
+def _sole_cause(error: Exception) -> Exception:
     """The one error in nested groups of one: a handler with a nursery raises the same GRPCError as one without."""
-    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+    while isinstance(error, ExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error

@@ -79,7 +79,8 @@ class Http2Connection:
         self._accept = accept
         self._after_read = after_read
         self._blocked: dict[Http2Stream, trio.lowlevel.Task] = {}
-        self._ended_early: list[Http2Stream] = []
+        self._just_ended: list[Http2Stream] = []  # since the last flush, by us
+        self._ended_early: list[Http2Stream] = []  # by us, while the peer was still sending
         self._pending_resets: dict[int, int] = {}
         self._backlog = 0
         self._empty_frames = 0
@@ -235,6 +236,7 @@ class Http2Connection:
         lost = list(self.streams.values())
         self.streams.clear()
         self.watchdog.undelivered.clear()
+        self._just_ended.clear()
         self._ended_early.clear()
         for stream in lost:
             stream.closed = True
@@ -408,13 +410,9 @@ class Http2Connection:
         self.writer.wake()
 
     def _ended_locally(self, stream: Http2Stream) -> None:
-        """Trailers are queued.  From here on the watchdog, not a task, sees to it that the peer takes them."""
+        """The terminal frame is queued.  What the next flush cannot deliver is the watchdog's from then on."""
         stream.local_ended = True
-        now = trio.current_time()
-        self.watchdog.undelivered[stream] = (now, stream.queued)
-        self.watchdog.arm(now + self.options.stall_limit)
-        if self._server and not stream.remote_ended:
-            self._ended_early.append(stream)
+        self._just_ended.append(stream)
 
     def _acknowledge(self, stream_id: int, amount: int) -> None:
         if amount and self.ended is None:
@@ -443,6 +441,8 @@ class Http2Connection:
                 self._submit_resets()
             data = engine.data_to_send()
             self._dispatch()
+            if self._just_ended:
+                self._note_undelivered()
             if self._ended_early:
                 data += self._release_clients()
         except ngh2.NGH2Error as exc:
@@ -456,6 +456,17 @@ class Http2Connection:
             for stream in [s for s in self._blocked if s.queued <= self.options.outbound_limit]:
                 trio.lowlevel.reschedule(self._blocked.pop(stream))
         return data
+
+    def _note_undelivered(self) -> None:
+        now = trio.current_time()
+        for stream in self._just_ended:
+            if stream.closed:  # as nearly always: both sides have ended, and the last byte is out
+                continue
+            self.watchdog.undelivered[stream] = (now, stream.queued)
+            self.watchdog.arm(now + self.options.stall_limit)
+            if self._server and not stream.remote_ended:
+                self._ended_early.append(stream)
+        self._just_ended.clear()
 
     def _submit_resets(self) -> None:
         torn = self._frames.torn_stream

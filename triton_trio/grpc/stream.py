@@ -239,6 +239,11 @@ class Stream(MessageStream, Generic[RecvT, SendT]):
         self.cancel_scope.cancel(reason=reason.value)
         return True
 
+    @property
+    def has_answered(self) -> bool:
+        """Whether returning now is a complete answer: a unary one needs its message."""
+        return self._messages_sent > 0 or self.method.server_streaming or self.local_ended
+
     def finish(
         self, status: Status, message: str | None = None, details: Any = None, metadata: RawHeaders = ()
     ) -> None:
