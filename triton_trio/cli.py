@@ -73,6 +73,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The parser, with every flag of tritonserver that exists."""
     parser = argparse.ArgumentParser(
         prog="triton_trio",
+        usage="%(prog)s --model-repository DIR [options]    (--help lists them)",
         allow_abbrev=False,
         description="An inference server that speaks Triton's protocol, in which every request is a cancel scope.",
     )
@@ -125,7 +126,9 @@ def make_parser() -> argparse.ArgumentParser:
     other = parser.add_argument_group("flags of tritonserver that have no effect here")
     for why, flags in UNSUPPORTED.items():
         for flag in flags.split():
-            other.add_argument(f"--{flag}", action=_Unsupported, nargs="?", help=why, dest=argparse.SUPPRESS)
+            other.add_argument(
+                f"--{flag}", action=_Unsupported, nargs="?", metavar="VALUE", help=why, dest="unsupported"
+            )
     return parser
 
 
