@@ -37,6 +37,7 @@ class Member:
         "released",
         "request",
         "scope",
+        "seconds_after_cancel",
         "served",
         "start",
         "steps_after_cancel",
@@ -51,6 +52,8 @@ class Member:
         self.served = False
         self.left_at: float | None = None
         self.released = False
+        #: From the cancel until the device had let go.
+        self.seconds_after_cancel = 0.0
         #: A backend that runs each member in a scope of its own puts it here: cancelled when the member leaves.
         self.scope: trio.CancelScope | None = None
         #: Device steps dispatched or finished for this member after it was cancelled; the backend counts them.
@@ -79,6 +82,8 @@ class Member:
         """The device holds nothing for this member any more.  Idempotent; the instance calls it at the latest."""
         if not self.released:
             self.released = True
+            if self.left_at is not None:
+                self.seconds_after_cancel = trio.current_time() - self.left_at
             self.batch.on_released(self)
 
 
@@ -203,6 +208,13 @@ class Batch:
         if not member.live:
             return
         request = member.request
+        if not (final or self.decoupled):
+            # Its only response would pass for the whole result.
+            name = request.model_name
+            self.fail(
+                member, InternalError(f"{request.label}model '{name}' is not decoupled: its response must be final")
+            )
+            return
         if wanted := request.requested_outputs:
             try:
                 outputs = {name: outputs[name] for name in wanted}

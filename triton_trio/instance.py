@@ -97,8 +97,8 @@ class ModelInstance:
         cancelled with the reason ``model_unloading``.
         """
         while self.state is not InstanceState.QUARANTINED:
-            requests = await self.model.scheduler.next_batch()
-            await self._execute(requests)
+            # In one expression: a local variable would keep the last batch's tensors alive until the next batch.
+            await self._execute(await self.model.scheduler.next_batch())
 
     async def _execute(self, requests: Sequence[InferenceRequest]) -> None:
         batch = self.batch = Batch(
@@ -162,6 +162,7 @@ class ModelInstance:
         # Shielded, for a shutdown must not cancel what bounds it; bounded by the limit itself.
         with trio.move_on_after(self._release_limit, shield=True):
             await released.wait()
+        if released.is_set():
             return
         self.state = InstanceState.QUARANTINED
         LOGGER.error(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import AsyncIterator, Mapping
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -75,8 +75,16 @@ class Model:
     Get it from :meth:`InferenceServer.model`.  ``release_limit``: see :class:`ModelInstance`.
     """
 
-    def __init__(self, context: ModelContext, *, release_limit: float, watchdogs: trio.Nursery) -> None:
+    def __init__(
+        self,
+        context: ModelContext,
+        *,
+        release_limit: float,
+        watchdogs: trio.Nursery,
+        files: AbstractContextManager[object] | None = None,
+    ) -> None:
         self.context = context
+        self._files = files or nullcontext()
         self.config = context.config
         self.version = context.version
         self.state = ModelState.LOADING
@@ -221,6 +229,7 @@ class Model:
         try:
             with self._scope:
                 async with AsyncExitStack() as stack:
+                    stack.enter_context(self._files)
                     opened = await stack.enter_async_context(backend.open_model(self.context))
                     for placement in self._placements():
                         instance = await stack.enter_async_context(opened.open_instance(placement))
@@ -246,13 +255,15 @@ class Model:
                         try:
                             await trio.sleep_forever()
                         finally:
-                            # However it ends, from now on each device's time to let go is limited.
+                            # However it ends: nothing new, everybody is told at once, and from now on each device's
+                            # time to let go is limited.
+                            self.begin_unload()
+                            self._cancel_live()
                             for model_instance in self.instances:
                                 if model_instance.batch is not None:
                                     model_instance.watch_release(model_instance.batch)
         finally:
             self.state = ModelState.UNAVAILABLE
-            self._cancel_live()
             self._stopped.set()
 
     def _placements(self) -> list[Placement]:

@@ -19,6 +19,7 @@ from .config import ModelConfig, ignored_fields, load_model_config, refuse_unsup
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
 from .scopes import BatchScope, Reason
+from .sent_files import SentFiles
 
 LOGGER = logging.getLogger("triton_trio.repository")
 
@@ -50,9 +51,15 @@ class _Load:
     def __init__(self, config_json: str | None, files: Mapping[str, bytes]) -> None:
         self.config_json = config_json
         self.files = files
+        self.directory: Path | None = None  #: once it is known
         self.waiters: BatchScope[object] = BatchScope()
         self.done = trio.Event()
         self.error: tuple[type[TritonError], str] | None = None
+
+    @property
+    def of_disk(self) -> bool:
+        """Whether it loads what is on disk and nothing else, as everybody else's does."""
+        return self.config_json is None and not self.files
 
 
 class ModelRepository:
@@ -175,7 +182,8 @@ class ModelRepository:
 
         Args:
           config_json: overrides config.pbtxt.
-          files: further files of the model by path below its directory; needs ``config_json``.
+          files: the model's files by path below its directory (``1/model.py``), instead of those on disk; needs
+            ``config_json``.
 
         Raises:
           TritonError: what was wrong, with file and field; the versions served before are untouched.
@@ -183,16 +191,25 @@ class ModelRepository:
         **Cancellation:** the caller leaves; if nobody else waits, the load is cancelled between its stages and the
         model is UNAVAILABLE with the reason ``load cancelled``, or as it was before.
         """
-        entry = self._entries.setdefault(name, _Entry())
+        if files and config_json is None:
+            raise InvalidArgument(
+                f"failed to load '{name}': override files ('file:<path>') need the model's configuration, too: "
+                "send it as the parameter 'config'"
+            )
         waiter = object()
-        load = entry.load
-        if load is None or config_json is not None or files or not load.waiters.join(waiter):
-            while entry.load is not None:  # a load that is ending, or one of other files: ours comes after it
-                await entry.load.done.wait()
-            load = entry.load = _Load(config_json, files or {})
-            load.waiters.join(waiter)
-            # Owner: the models nursery; ended by itself, or by its waiters' scope.
-            self._nursery.start_soon(self._run_load, name, entry, load, name=f"load {name}")
+        ours = _Load(config_json, files or {})
+        while True:
+            entry = self._entries.setdefault(name, _Entry())
+            load = entry.load
+            if load is None:
+                load = entry.load = ours
+                load.waiters.join(waiter)
+                # Owner: the models nursery; ended by itself, or by its waiters' scope.
+                self._nursery.start_soon(self._run_load, name, entry, load, name=f"load {name}")
+                break
+            if ours.of_disk and load.of_disk and load.waiters.join(waiter):
+                break
+            await load.done.wait()  # it is ending, or of other files: ours comes after it
         try:
             await load.done.wait()
         finally:
@@ -225,23 +242,29 @@ class ModelRepository:
                 if state is ModelState.LOADING:
                     entry.states[version] = (ModelState.UNAVAILABLE, error[1] if error else "")
             if error is not None and not entry.models and not entry.states:
-                entry.states[-1] = (ModelState.UNAVAILABLE, error[1])
+                if load.directory is None:
+                    del self._entries[name]  # names that do not exist must not pile up here
+                else:
+                    entry.states[-1] = (ModelState.UNAVAILABLE, error[1])
             entry.load = None
             load.done.set()
 
     async def _load(self, name: str, entry: _Entry, load: _Load) -> None:
+        if load.files:
+            with await trio.to_thread.run_sync(SentFiles.write, name, load.files) as sent:
+                load.directory = sent.directory
+                await self._load_from(sent.directory, name, entry, load, sent)
+            return
         directories = await trio.to_thread.run_sync(self.directories)
-        directory = directories.get(name)
+        directory = load.directory = directories.get(name)
         if directory is None:
             raise InvalidArgument(
                 f"failed to load '{name}', failed to poll from model repository: no directory '{name}' in "
                 + ", ".join(str(path) for path in self.paths)
             )
-        if load.files:
-            raise InvalidArgument(
-                f"failed to load '{name}': file overrides ('file:<path>' parameters) are not supported; "
-                "write the files into the model's directory and load again"
-            )
+        await self._load_from(directory, name, entry, load, None)
+
+    async def _load_from(self, directory: Path, name: str, entry: _Entry, load: _Load, sent: SentFiles | None) -> None:
         config, available, fingerprint = await trio.to_thread.run_sync(
             _read_model, directory, load.config_json, self._strict_config
         )
@@ -272,7 +295,7 @@ class ModelRepository:
         try:
             for version in versions:
                 context = ModelContext(config, version, directory, directory / str(version))
-                model = Model(context, release_limit=self._release_limit, watchdogs=self._watchdogs)
+                model = Model(context, files=sent, release_limit=self._release_limit, watchdogs=self._watchdogs)
                 # Until it is started, the model's task belongs to this load and is cancelled with it.
                 await self._nursery.start(model.run, backend, name=f"model {name}:{version}")
                 loaded.append(model)
@@ -354,6 +377,7 @@ class ModelRepository:
         if wait:
             for model in models:
                 await model.wait_stopped()
+                self._unloaded(model, entry)
 
     def _start_unload(self, model: Model, entry: _Entry | None = None) -> None:
         model.begin_unload()
@@ -362,9 +386,13 @@ class ModelRepository:
 
     async def _unload(self, model: Model, entry: _Entry | None) -> None:
         await model.wait_unloaded(self._unload_grace)
+        self._unloaded(model, entry)
+        LOGGER.info("successfully unloaded '%s' version %d", model.name, model.version)
+
+    def _unloaded(self, model: Model, entry: _Entry | None) -> None:
+        # Whoever comes first, the unload or the one who waited for it: afterwards the index says so.
         if entry is not None and entry.states.get(model.version, (None, ""))[0] is ModelState.UNLOADING:
             entry.states[model.version] = (ModelState.UNAVAILABLE, "unloaded")
-        LOGGER.info("successfully unloaded '%s' version %d", model.name, model.version)
 
 
 def _read_model(directory: Path, config_json: str | None, strict: bool) -> tuple[ModelConfig, list[int], object]:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import logging
 
-import trio
-
 from ..batch import Member
 from ..request import InferenceRequest
 
@@ -20,10 +18,9 @@ def log_cancelled(request: InferenceRequest, member: Member | None = None) -> No
     """``member`` is given if the request was executing; its device resources have just been released."""
     if not LOGGER.isEnabledFor(logging.INFO):
         return
-    now = trio.current_time()
     queued_until = request.bound_at or request.ended_at
     queued_ms = (queued_until - request.enqueued_at) * 1e3 if request.enqueued_at else 0.0
-    after_ms = 0.0 if member is None or member.left_at is None else (now - member.left_at) * 1e3
+    after_ms = 0.0 if member is None else member.seconds_after_cancel * 1e3
     steps = 0 if member is None else member.steps_after_cancel
     reason = request.reason.value if request.reason else ""
     LOGGER.info(

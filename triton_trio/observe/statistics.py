@@ -54,7 +54,7 @@ class ModelCounters:
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
     by_batch_size: dict[int, BatchDurations] = field(default_factory=dict)
-    device_seconds_after_cancel: float = 0.0
+    device_seconds_after_cancel: float = 0.0  #: from each cancel of an executing request until its device let go
 
     @property
     def in_flight(self) -> int:
@@ -87,6 +87,7 @@ class ModelCounters:
         per_size.compute_infer.add(durations[1])
         per_size.compute_output.add(durations[2])
         for member in batch.members:
+            self.device_seconds_after_cancel += member.seconds_after_cancel
             if member.served:
                 self.queue.add(batch.formed_at - member.request.enqueued_at)
                 self.compute_input.add(durations[0])
