@@ -191,6 +191,9 @@ class InferenceRequest:
 
     def cancel(self, reason: Reason = Reason.ADMIN) -> None:
         """Cancel this request, from any task; whoever awaits it gets :exc:`RequestCancelled` with the reason."""
+        if self._on_settled is not None:
+            # Now, and not when the caller's task comes to its next checkpoint: it may be busy writing to a slow client.
+            self._settle_cancelled(reason)
         self.scope.cancel(reason=reason.value)
 
     @property
@@ -210,8 +213,8 @@ class InferenceRequest:
     def settle(self, event: Event, reason: Reason | None = None) -> bool:
         """The one place where an outcome is decided; False if somebody was first, which is not an error.
 
-        A settled request holds nothing: it has left its place, its buffered responses are dropped and whoever waits
-        to send it more is released.
+        A settled request has left its place, and whoever waits to send it more is released.  A cancel drops the responses
+        that wait for their reader; before an error they can still be read, in the order in which they were sent.
         """
         if self.outcome is not None:
             return False
@@ -224,7 +227,7 @@ class InferenceRequest:
         place, self.place = self.place, None
         if place is not None:
             place.leave(self, reason or Reason.CALLER)
-        if after is not Outcome.OK:
+        if after in (Outcome.CANCELLED, Outcome.DEADLINE):
             self._buffer = None
         if self._senders is not None:
             self._senders.unpark_all()
@@ -303,8 +306,8 @@ class InferenceRequest:
             return False
         absorbed = self.scope.__exit__(exc_type, exc, tb)
         if (absorbed if exc is not None else self.scope.cancel_called) and self.outcome is not Outcome.OK:
-            # Somebody else cancelled this request, and the caller is still here to be told.
-            raise self.ended_error()
+            # Somebody else cancelled this request, and the caller is still here to be told how it ended.
+            raise self._stored_error()
         return absorbed
 
     async def receive(self) -> InferenceResponse:
@@ -325,6 +328,7 @@ class InferenceRequest:
         elif self._error is not None:
             raise self._stored_error()
         elif self._final_delivered or self.outcome is not None:
+            await trio.lowlevel.checkpoint_if_cancelled()  # a cancelled request does not look like one that is complete
             raise trio.EndOfChannel
         else:
             self._consumer = trio.lowlevel.current_task()

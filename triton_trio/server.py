@@ -13,8 +13,8 @@ as long as requests can arrive; watchdogs end last, since they bound how long th
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -142,7 +142,8 @@ class InferenceServer:
         """Shut down gracefully: not ready, nothing new, work in flight has ``timeout`` seconds, then it is cancelled.
 
         Every client still waiting at the end gets UNAVAILABLE (reason ``server_drain``).  Calling it again with a
-        shorter time, for example 0, only brings the end forward.
+        shorter time, for example 0, only brings the end forward.  At the end the block of :func:`open_server` is cancelled
+        as well, so that nothing runs on in a server that has ended.
 
         **Cancellation:** the wait ends; the server stays in the state "draining", with nobody watching the time.
         """
@@ -198,27 +199,47 @@ async def open_server(
     """
     paths = [model_repository] if isinstance(model_repository, str | PathLike) else model_repository
     # Watchdogs are outermost: they bound how long leaving everything inside may take.
-    async with trio.open_nursery() as watchdogs:
-        async with trio.open_nursery() as models:
-            repository = ModelRepository(
-                [Path(path) for path in paths],
-                {**DEFAULT_BACKENDS, **(backends or {})},
-                models=models,
-                watchdogs=watchdogs,
-                explicit=explicit,
-                strict_config=strict_config,
-                release_limit=release_limit,
-                unload_grace=unload_grace,
-            )
-            async with trio.open_nursery() as frontends:
-                server = InferenceServer(
-                    repository, server_id=server_id, strict_readiness=strict_readiness, frontends=frontends
+    with _without_groups(nurseries=3):
+        async with trio.open_nursery() as watchdogs:
+            async with trio.open_nursery() as models:
+                repository = ModelRepository(
+                    [Path(path) for path in paths],
+                    {**DEFAULT_BACKENDS, **(backends or {})},
+                    models=models,
+                    watchdogs=watchdogs,
+                    explicit=explicit,
+                    strict_config=strict_config,
+                    release_limit=release_limit,
+                    unload_grace=unload_grace,
                 )
-                names = list(load_models) if explicit and "*" not in load_models else None
-                await repository.load_all(names, exit_on_error=exit_on_error)
-                server.started = True
-                yield server
-                server.draining = True
-                frontends.cancel_scope.cancel(reason=Reason.SERVER_DRAIN.value)
-            repository.stop()
-            models.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
+                async with trio.open_nursery() as frontends:
+                    server = InferenceServer(
+                        repository, server_id=server_id, strict_readiness=strict_readiness, frontends=frontends
+                    )
+                    names = list(load_models) if explicit and "*" not in load_models else None
+                    await repository.load_all(names, exit_on_error=exit_on_error)
+                    server.started = True
+                    yield server
+                    server.draining = True
+                    frontends.cancel_scope.cancel(reason=Reason.SERVER_DRAIN.value)
+                repository.stop()
+                models.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
+
+
+@contextmanager
+def _without_groups(nurseries: int) -> Iterator[None]:
+    """What comes out of these nurseries alone goes on alone: that there are nurseries is none of the caller's business."""
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        exc: BaseException = group
+        for _ in range(nurseries):
+            if not (isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1):
+                raise
+            exc = exc.exceptions[0]
+        context = exc.__context__
+        try:
+            raise exc  # noqa: ASYNC123 - its context is restored below
+        finally:
+            exc.__context__ = context  # and not the group it was in, which would be a cycle
+            del exc, context

@@ -85,6 +85,11 @@ def _validate_dynamic_batching(message: Any) -> None:
             "set priority_levels, or use default_queue_policy"
         )
     if batching.preserve_ordering:
+        if message.model_transaction_policy.decoupled:
+            raise InvalidArgument(
+                f"dynamic batching 'preserve_ordering' has no meaning for the responses of decoupled model {name}; "
+                "remove one of the two"
+            )
         if levels > 1:
             raise InvalidArgument(f"Only one priority level is allowed when 'preserve_ordering' is true for {name}")
         for policy in (batching.default_queue_policy, *batching.priority_queue_policy.values()):

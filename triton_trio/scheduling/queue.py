@@ -75,9 +75,12 @@ class RequestQueue:
         self._levels = [_Level(policies.get(n, policy)) for n in range(1, levels + 1)]
         self._default_level = default_level
         self._size = 0
-        # (deadline, generation, request); an entry whose request has left is skipped when it comes up, and the heap is
-        # rebuilt when most of it is such entries, so that it is bounded by the live requests too.
-        self._deadlines: list[tuple[float, int, InferenceRequest]] = []
+        # Queued requests with a deadline to come, by generation.  The heap of (deadline, generation) beside it has entries
+        # for requests that have left; they are skipped when they come up.  It names requests instead of holding them, for
+        # a request that has left must not keep its tensors alive until its timeout; and it is rebuilt when most of it is
+        # such entries, so that it is bounded by the live requests too.
+        self._timed: dict[int, InferenceRequest] = {}
+        self._deadlines: list[tuple[float, int]] = []
 
     def __len__(self) -> int:
         return self._size
@@ -116,10 +119,11 @@ class RequestQueue:
             timeout = min(timeout or INF, request.timeout_us / 1e6)
         if timeout:
             request.queue_deadline = now + timeout
-            if len(self._deadlines) > 64 + 2 * self._size:
-                self._deadlines = [entry for entry in self._deadlines if entry[2] in self]
+            self._timed[request.generation] = request
+            if len(self._deadlines) > 64 + 2 * len(self._timed):
+                self._deadlines = [entry for entry in self._deadlines if entry[1] in self._timed]
                 heapq.heapify(self._deadlines)
-            heapq.heappush(self._deadlines, (request.queue_deadline, request.generation, request))
+            heapq.heappush(self._deadlines, (request.queue_deadline, request.generation))
 
     def remove(self, request: InferenceRequest) -> bool:
         """Forget ``request``; False if it is not queued.  O(1)."""
@@ -128,23 +132,22 @@ class RequestQueue:
         if request not in held:
             return False
         del held[request]
+        self._timed.pop(request.generation, None)
         self._size -= 1
         return True
 
     def next_deadline(self) -> float:
         """When :meth:`expire` has something to do; inf for never."""
-        while self._deadlines and self._deadlines[0][2] not in self:
+        while self._deadlines and self._deadlines[0][1] not in self._timed:
             heapq.heappop(self._deadlines)
         return self._deadlines[0][0] if self._deadlines else INF
 
     def expire(self, now: float) -> list[InferenceRequest]:
         """Apply timeouts that have passed: returns the rejected (already removed); delayed ones stay queued."""
         rejected = []
-        while self._deadlines and self._deadlines[0][0] <= now:
-            request = heapq.heappop(self._deadlines)[2]
+        while self.next_deadline() <= now:
+            request = self._timed.pop(heapq.heappop(self._deadlines)[1])
             level = self._level(request)
-            if request not in level.waiting:
-                continue
             if level.policy.timeout_action is TimeoutAction.DELAY:
                 del level.waiting[request]
                 level.delayed[request] = None

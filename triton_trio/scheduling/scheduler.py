@@ -121,9 +121,13 @@ class Scheduler(ABC):
             with trio.CancelScope(deadline=deadline) as self._timer:
                 await trio.sleep_forever()
             self._timer = None
-            for request in self.queue.expire(trio.current_time()):
-                request.place = None
-                request.fail_nowait(Unavailable("Request timeout expired"), Event.REJECT)
+            self._expire()
+
+    def _expire(self) -> None:
+        # Not in the loop above: a local variable there would keep the last request's tensors alive until the next.
+        for request in self.queue.expire(trio.current_time()):
+            request.place = None
+            request.fail_nowait(Unavailable("Request timeout expired"), Event.REJECT)
 
     def _reset_timer(self, deadline: float) -> None:
         if self._timer is not None and deadline < self._timer.deadline:
