@@ -299,7 +299,9 @@ class InferenceRequest:
             elif exc is None and self._final_delivered and not self._buffer and not self.scope.cancel_called:
                 self.settle(Event.COMPLETE)
             elif exc is None or isinstance(exc, GeneratorExit):
-                self._settle_cancelled(Reason.CALLER)
+                # A deadline may have passed without a checkpoint since, to say so.
+                passed = self.scope.deadline <= trio.current_time()
+                self._settle_cancelled(Reason.DEADLINE if passed else Reason.CALLER)
             else:
                 self.settle(Event.FAIL)
         if not self._owns_scope:

@@ -1,0 +1,1 @@
+from triton_trio.testing.fixtures import serve as serve

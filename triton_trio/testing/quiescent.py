@@ -1,0 +1,68 @@
+"""Nothing is left: what must hold of a server whenever it has nothing to do (law 16)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ..instance import InstanceState
+from ..lifecycle import Outcome
+from ..model import Model, ModelState
+from ..observe import tree
+
+if TYPE_CHECKING:
+    from ..server import InferenceServer
+
+
+def assert_quiescent(server: InferenceServer) -> None:
+    """Fail with all that is left, and the live tree, unless the server holds nothing and its counters balance.
+
+    No live request, queue entry, batch, answer kept for its turn, load, watchdog or task beyond the resident ones; every
+    instance waits for work.  Sync: call it when all tasks are blocked (``await trio.testing.wait_all_tasks_blocked()``).
+    """
+    found = list(_left(server))
+    if found:
+        raise AssertionError("the server is not quiescent:\n  " + "\n  ".join(found) + "\n\n" + tree())
+
+
+def _left(server: InferenceServer) -> Iterator[str]:
+    repository = server.repository
+    for name, entry in repository._entries.items():
+        if entry.load is not None:
+            yield f"model {name} is being loaded, with {len(entry.load.waiters)} waiters"
+    resident = {f"model {model.name}:{model.version}" for model in repository.loaded()}
+    for task in repository._nursery.child_tasks:
+        if task.name not in resident:
+            yield f"task '{task.name}' in the models nursery"
+    for task in repository._watchdogs.child_tasks:
+        yield f"task '{task.name}' in the watchdogs nursery"
+    for model in repository.loaded():
+        for what in _left_in(model):
+            yield f"model {model.name}:{model.version}: {what}"
+
+
+def _left_in(model: Model) -> Iterator[str]:
+    for request in model._live:
+        yield f"live request {request!r}"
+    scheduler = model.scheduler
+    for request in scheduler.queue:
+        yield f"queued request {request!r}"
+    statistics = scheduler.queue.statistics()
+    if statistics.queued or any(statistics.by_level.values()):
+        yield f"the queue counts {statistics}"
+    if scheduler.queue._timed:
+        yield f"{len(scheduler.queue._timed)} queue timeouts"
+    if scheduler.order is not None and len(scheduler.order):
+        yield f"{len(scheduler.order)} requests whose answers must go out in order"
+    waiting = 0
+    for instance in model.instances:
+        if instance.batch is not None:
+            yield f"instance {instance.name} executes {instance.batch!r}"
+        waiting += instance.state is InstanceState.IDLE
+    if model.state is ModelState.READY and scheduler.statistics().idle_instances != waiting:
+        yield f"{scheduler.statistics().idle_instances} instances wait for work, of {waiting} that are idle"
+    counters = model.counters
+    if counters.in_flight:
+        yield f"started {counters.started} requests, but the outcomes are {dict(counters.outcomes)}"
+    if sum(counters.reasons.values()) != counters.outcomes[Outcome.CANCELLED] + counters.outcomes[Outcome.DEADLINE]:
+        yield f"the reasons {dict(counters.reasons)} do not add up to the outcomes {dict(counters.outcomes)}"
