@@ -13,8 +13,8 @@ as long as requests can arrive; watchdogs end last, since they bound how long th
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -24,6 +24,7 @@ import trio
 
 from ._version import __version__
 from .backends import DEFAULT_BACKENDS, Backend
+from .groups import without_groups
 from .model import Model, ModelStatistics
 from .repository import ModelRepository
 from .scopes import Reason
@@ -199,7 +200,7 @@ async def open_server(
     """
     paths = [model_repository] if isinstance(model_repository, str | PathLike) else model_repository
     # Watchdogs are outermost: they bound how long leaving everything inside may take.
-    with _without_groups(nurseries=3):
+    with without_groups(nurseries=3):
         async with trio.open_nursery() as watchdogs:
             async with trio.open_nursery() as models:
                 repository = ModelRepository(
@@ -224,22 +225,3 @@ async def open_server(
                     frontends.cancel_scope.cancel(reason=Reason.SERVER_DRAIN.value)
                 repository.stop()
                 models.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
-
-
-@contextmanager
-def _without_groups(nurseries: int) -> Iterator[None]:
-    """What comes out of these nurseries alone goes on alone: that there are nurseries is none of the caller's business."""
-    try:
-        yield
-    except BaseExceptionGroup as group:
-        exc: BaseException = group
-        for _ in range(nurseries):
-            if not (isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1):
-                raise
-            exc = exc.exceptions[0]
-        context = exc.__context__
-        try:
-            raise exc  # noqa: ASYNC123 - its context is restored below
-        finally:
-            exc.__context__ = context  # and not the group it was in, which would be a cycle
-            del exc, context
