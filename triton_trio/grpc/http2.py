@@ -73,6 +73,7 @@ class Http2Connection:
         self.label = label  #: peer address; names the tasks
         self.streams: dict[int, Http2Stream] = {}
         self.ended: str | None = None  #: why the connection ended; None while it lives
+        self.handshaken = False  #: the peer's SETTINGS have arrived, so its limits are known
         self.draining = False  #: no new streams (we drain, or the peer sent GOAWAY); ends when the last has closed
         self.peer_max_concurrent_streams = 100  #: the engine's assumption until SETTINGS arrive
         self._server = role == "server"
@@ -224,6 +225,8 @@ class Http2Connection:
         self.ended = why
         if goaway is not None:
             try:
+                for stream_id, code in self._pending_resets.items():
+                    self.engine.reset_stream(stream_id, code)
                 # Not terminate_connection: it would drop the queued bodies, and trailers stand behind them.
                 self.engine.send_goaway(goaway, debug_data=why.encode() if goaway else b"")
             except ngh2.NGH2Error:
@@ -362,6 +365,7 @@ class Http2Connection:
             stream.on_reset(event.error_code, False)
 
     def _settings_received(self, event: ngh2.SettingsReceived) -> None:
+        self.handshaken = True
         self.watchdog.handshake_done()
         self.peer_max_concurrent_streams = event.settings.get(
             Setting.MAX_CONCURRENT_STREAMS, self.peer_max_concurrent_streams
