@@ -53,8 +53,7 @@ async def test_turns_complete_in_order_and_the_window_is_two(device: DeviceThrea
     log: list[str] = []
     with trio.fail_after(10):
         async with DeviceJob(device, "job") as job:
-            for label in "abcd":
-                job.submit(Program(label, log))
+            job.submit(*(Program(label, log) for label in "abcd"))
             await gate.wait_dispatched(WINDOW)
             await trio.testing.wait_all_tasks_blocked()
             assert log == ["a", "b"]
@@ -74,11 +73,9 @@ async def test_two_jobs_take_turns(device: DeviceThread, gate: DeviceGate) -> No
     log: list[str] = []
     with trio.fail_after(10):
         async with DeviceJob(device, "long") as long, DeviceJob(device, "short") as short:
-            for index in range(5):
-                long.submit(Program(f"long{index}", log))
+            long.submit(*(Program(f"long{index}", log) for index in range(5)))
             await gate.wait_dispatched(WINDOW)
-            for index in range(3):
-                short.submit(Program(f"short{index}", log))
+            short.submit(*(Program(f"short{index}", log) for index in range(3)))
             gate.open()
             for _ in range(5):
                 await long.next()
@@ -96,8 +93,7 @@ async def test_c6_no_dispatch_after_the_cancel_and_the_exception_waits_for_the_d
     async def work(scope: trio.CancelScope) -> None:
         with scope:
             async with DeviceJob(device, "job") as job:
-                for label in "abcde":
-                    job.submit(Program(label, log))
+                job.submit(*(Program(label, log) for label in "abcde"))
                 while True:
                     await job.next()
         passed_on.set()
@@ -124,8 +120,7 @@ async def test_a_cancel_in_line_never_reaches_the_device(device: DeviceThread, g
     log: list[str] = []
     with trio.fail_after(10):
         async with DeviceJob(device, "first") as first:
-            first.submit(Program("a", log))
-            first.submit(Program("b", log))
+            first.submit(Program("a", log), Program("b", log))
             await gate.wait_dispatched(WINDOW)
             with trio.move_on_after(0) as scope:
                 async with DeviceJob(device, "second") as second:
@@ -198,9 +193,7 @@ async def test_an_error_belongs_to_its_job_and_the_next_one_is_fine(device: Devi
     gate.open()
     with trio.fail_after(10):
         async with DeviceJob(device, "bad") as bad, DeviceJob(device, "good") as good:
-            bad.submit(Program("a", log, "out of memory"))
-            bad.submit(Program("b", log))
-            bad.submit(Program("c", log))
+            bad.submit(Program("a", log, "out of memory"), Program("b", log), Program("c", log))
             good.submit(Program("d", log))
             with pytest.raises(InternalError, match="bad failed on device fake: RuntimeError: out of memory"):
                 await bad.next()
@@ -228,12 +221,14 @@ async def test_b5_b6_abandoned_job_ends_now_and_late_completions_are_dropped(
 ) -> None:
     log: list[str] = []
 
+    async def use() -> None:
+        async with DeviceJob(device, "job") as job:
+            job.submit(*(Program(label, log) for label in "abc"))
+            await job.next()
+
     async def work(scope: trio.CancelScope) -> None:
         with scope, pytest.raises(Unavailable, match="does not come back"):
-            async with DeviceJob(device, "job") as job:
-                for label in "abc":
-                    job.submit(Program(label, log))
-                await job.next()
+            await use()
 
     scope = trio.CancelScope()
     with trio.fail_after(10):
@@ -288,8 +283,7 @@ async def test_device_time_is_not_counted_twice(gate: DeviceGate) -> None:
     log: list[str] = []
     with trio.fail_after(10):
         async with DeviceJob(device, "job") as job:
-            for label in "ab":
-                job.submit(Program(label, log))
+            job.submit(*(Program(label, log) for label in "ab"))
             await gate.wait_dispatched(2)
             now = 3.0
             gate.let_end()

@@ -61,7 +61,8 @@ class DeviceGate(Executor):
 
     def let_end(self, count: int = 1) -> None:
         """The next ``count`` programs may end; they may be dispatched later."""
-        self._permits.release(count)
+        for _ in range(count):
+            self._permits.release()
 
     def open(self) -> None:
         """From now on programs end by themselves."""

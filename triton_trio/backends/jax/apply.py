@@ -77,6 +77,6 @@ async def execute_apply(placed: PlacedModel, batch: Batch) -> None:
     batch.compute_output_at = trio.current_time()
     for slot in slots:
         if slot.member.live:
-            outputs = to_response(turn.outputs, slot.rows, placed.config.outputs, batched=placed.batched)
+            outputs = to_response(turn.outputs, slot.rows, batched=placed.batched)
             batch.respond(slot.member, outputs)
         slot.release_if_left()

@@ -127,9 +127,11 @@ class FunctionCache:
             return function(*args), np.int32(0)
 
         def like(leaf: Any) -> Avals:
-            weak = not hasattr(leaf, "dtype") or getattr(leaf, "weak_type", False)
-            dtype = jax.dtypes.canonicalize_dtype(np.result_type(leaf))
-            return aval(np.shape(leaf), dtype, sharding=sharding, weak_type=weak)
+            if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
+                # Weak, as a Python number in JAX: it must not turn bfloat16 into float32.
+                return aval((), jax.dtypes.canonicalize_dtype(type(leaf)), sharding=sharding, weak_type=True)
+            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+            return aval(leaf.shape, dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
 
         def job() -> None:
             avals = jax.tree.map(like, args)
@@ -253,12 +255,7 @@ class ExplicitContext:
         )
         if problem:
             raise InternalError(f"{self._placed.name}: {where}: {problem}")
-        return {
-            spec.name: arrays[spec.name].reshape(
-                arrays[spec.name].shape[:batched] + spec.to_request_shape(arrays[spec.name].shape[batched:])
-            )
-            for spec in config.outputs
-        }
+        return arrays
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...], *, fetch: bool) -> Any:
         program = await self._functions.get(function, args)
@@ -290,8 +287,8 @@ async def warm_up(placed: PlacedModel, functions: FunctionCache) -> None:
             outputs = await placed.functions.run(ctx, placed.params, inputs)
             if outputs is not None or not placed.config.decoupled:
                 await ctx.to_response(outputs, "run()")
-        except Exception as exc:
-            LOGGER.exception("%s failed when it was tried on zeros", where)
+        except Exception as exc:  # noqa: BLE001  (any error of the author's function)
+            LOGGER.error("%s failed when it was tried on zeros: %s", where, traceback.format_exc())
             raise InvalidArgument(
                 f"{where} failed when it was tried on zeros: {exc}; if zeros are no valid input, set the parameter "
                 "warmup to 'false' in config.pbtxt"

@@ -83,12 +83,16 @@ class DeviceJob:
         """Steps of this job that ended after its last cancel."""
         return 0 if self._steps_at_cancel is None else self.steps - self._steps_at_cancel
 
-    def submit(self, turn: Turn) -> None:
-        """Get in line; sync.  :meth:`next` returns the turn when it is complete, in this order."""
+    def submit(self, *turns: Turn) -> None:
+        """Get in line; sync.  :meth:`next` returns the turns when they are complete, in this order.
+
+        Turns that are submitted together are seen together: the device thread will not wait for the first one's end
+        before it has dispatched the second.
+        """
         self._check()
-        self._submitted += 1
+        self._submitted += len(turns)
         self._cancel_counted = False
-        self.turns.append(turn)
+        self.turns.extend(turns)
         self.device.mail.put(self)
 
     async def next(self) -> Turn:

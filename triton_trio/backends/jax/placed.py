@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -140,8 +141,8 @@ class PlacedModel:
         with precision(self.options.x64), jax.default_device(self.jax_device):
             try:
                 params = load(context)
-            except Exception as exc:
-                LOGGER.exception("%s failed", where)
+            except Exception as exc:  # noqa: BLE001  (any error of the author's function)
+                LOGGER.error("%s failed: %s", where, traceback.format_exc())
                 raise InvalidArgument(f"{where} failed: {type(exc).__name__}: {exc}") from None
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
                 if not isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex):

@@ -174,8 +174,8 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
     try:
         async with job:
             while any(member.live for member in batch.members):
-                while job.outstanding < CREDITS and plan.has_work():
-                    job.submit(StepTurn(plan))
+                if job.outstanding < CREDITS and plan.has_work():
+                    job.submit(*(StepTurn(plan) for _ in range(CREDITS - job.outstanding)))
                 if job.outstanding:
                     turn = await job.next()
                     assert isinstance(turn, StepTurn)
@@ -205,19 +205,19 @@ def _account(batch: Batch, turn: StepTurn) -> None:
 
 def _take(plan: StepPlan, turn: StepTurn) -> None:
     """Sort the results of one program by member."""
-    specs, batched = plan.placed.config.outputs, plan.placed.batched
+    batched = plan.placed.batched
     live = [slot for slot in turn.slots if slot.member.live]
     if turn.outputs is not None:
         plan.batch.compute_output_at = plan.batch.compute_output_at or trio.current_time()
         for slot in live:
-            slot.final = to_response(turn.outputs, slot.rows, specs, batched=batched)
+            slot.final = to_response(turn.outputs, slot.rows, batched=batched)
             slot.ended = True
     if turn.active is not None:
         for slot in live:
             # A member's rows step together: one response for each step that any of them made.
             for index in np.flatnonzero(turn.active[:, slot.rows].any(axis=1)):
                 step = {name: values[index] for name, values in turn.emissions.items()}
-                slot.pending.append(to_response(step, slot.rows, specs, batched=batched))
+                slot.pending.append(to_response(step, slot.rows, batched=batched))
     if plan.programs.finish is None:
         for slot in turn.now_done:
             slot.ended = True

@@ -96,14 +96,6 @@ def to_host(outputs: Mapping[str, Any]) -> dict[str, Array]:
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 
-def to_response(
-    outputs: Mapping[str, Array], rows: slice, specs: tuple[TensorSpec, ...], *, batched: bool
-) -> dict[str, Array]:
-    """One member's part of the outputs, in the shape that requests have."""
-    response = {}
-    for spec in specs:
-        part = outputs[spec.name][rows]
-        if spec.reshape is not None:
-            part = part.reshape(part.shape[0], *spec.to_request_shape(part.shape[1:]))
-        response[spec.name] = part if batched else part[0]
-    return response
+def to_response(outputs: Mapping[str, Array], rows: slice, *, batched: bool) -> dict[str, Array]:
+    """One member's part of the outputs."""
+    return {name: values[rows] if batched else values[0] for name, values in outputs.items()}
