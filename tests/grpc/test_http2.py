@@ -225,6 +225,22 @@ async def test_drain_lets_open_streams_finish_and_tells_the_client() -> None:
         assert pair.client.ended is not None
 
 
+async def test_an_answer_in_the_same_bytes_as_goaway_is_not_lost() -> None:
+    async with open_pair() as pair:
+        ours, theirs = await pair.open_both()
+        ours.send_frame(b"last", end_stream=True)
+        assert await theirs.receive_frame() == b"last"
+        theirs.send_headers(RESPONSE)
+        theirs.send_frame(b"words")
+        theirs.send_trailers(((b"done", b"1"),))
+        pair.server.start_drain()
+        await settle()
+        assert pair.client.ended is not None
+        assert ours.told == [RESPONSE, ((b"done", b"1"),)]
+        assert await ours.receive_frame() == b"words"
+        assert await ours.receive_frame() is None
+
+
 async def test_wait_writable_waits_for_the_windows_and_only_then(autojump_clock: trio.testing.MockClock) -> None:
     async with open_pair(initial_window_size=1 << 16, outbound_limit=10_000) as pair:
         ours, theirs = await pair.open_both()

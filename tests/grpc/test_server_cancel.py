@@ -112,6 +112,26 @@ async def test_A1_goaway_without_an_error_lets_running_calls_finish() -> None:
         assert client.answers[stream_id].status == 0
 
 
+async def test_A1_goodbye_in_the_same_bytes_as_the_last_cancel(caplog: pytest.LogCaptureFixture) -> None:
+    """The engine is finished when it hands out the events of such a read; what they set off must not need it."""
+    async with open_world() as world:
+        client = await world.connect()
+        running = await client.start("hold")
+        late = client.call("/nowhere")
+        half = client.headers("bidi")
+        await client.send(
+            half,
+            client.data(half.stream_id, message(b"unread")[:8]),
+            *late,
+            *[RstStreamFrame(each, error_code=CANCEL) for each in (running, half.stream_id, late[0].stream_id)],
+            GoAwayFrame(0),
+        )
+        await settle()
+        assert world.service.cancelled[0] == ("client_reset", "explicit")
+        assert world.server.statistics().connections == 0
+    assert caplog.records == []
+
+
 async def test_A8_grpc_timeout_is_the_scopes_deadline(autojump_clock: trio.testing.MockClock) -> None:
     async with open_world() as world:
         client = await world.connect()

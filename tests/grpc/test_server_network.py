@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ssl
+import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -17,6 +18,7 @@ from grpclib.const import Status as GrpclibStatus
 from grpclib.exceptions import GRPCError
 
 from triton_trio.grpc.server import GrpcOptions, GrpcServer, open_grpc_listeners
+from triton_trio.grpc.socket_transport import SocketTransport
 
 from .wire import BytesCodec, BytesStream, Service
 
@@ -126,6 +128,7 @@ async def test_grpcio_client_over_tls_with_alpn() -> None:
 
 async def test_grpcio_client_cancel_reaches_the_handler() -> None:
     service = Service()
+    done = threading.Event()
     async with open_server(service) as (server, port):
 
         def client() -> None:
@@ -140,7 +143,7 @@ async def test_grpcio_client_cancel_reaches_the_handler() -> None:
 
         def endless(first: Iterator[bytes]) -> Iterator[bytes]:
             yield from first
-            trio.from_thread.run(cancelled)
+            done.wait(10)  # in a thread of grpcio's
 
         async def entered() -> None:
             while service.entered < 2:  # noqa: ASYNC110  # a real client: nothing here can wake us
@@ -152,8 +155,53 @@ async def test_grpcio_client_cancel_reaches_the_handler() -> None:
 
         await in_thread(client)
         await cancelled()
+        done.set()
         assert sorted(service.cancelled) == [("client_reset", "explicit")] * 2
         assert server.statistics().running == 0
+
+
+async def test_socket_transport_reads_writes_and_closes() -> None:
+    [listener] = await trio.open_tcp_listeners(0, host="127.0.0.1")
+    async with listener:
+        client = await trio.open_tcp_stream("127.0.0.1", listener.socket.getsockname()[1])
+        ours, theirs = SocketTransport(client), SocketTransport(await listener.accept())
+    large = bytes(20_000_000)  # more than the kernel takes at once
+    received = bytearray()
+
+    async def receive() -> None:
+        while chunk := await theirs.receive_some(100_000):
+            received.extend(chunk)
+
+    with trio.fail_after(10):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(receive)
+            await ours.send_all(large)
+            await ours.send_eof()
+        assert received == large
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(close_under_reader, ours)
+            await trio.testing.wait_all_tasks_blocked()
+            await ours.aclose()
+        for closed in (ours.receive_some(1), ours.send_all(b"x")):
+            with pytest.raises((trio.ClosedResourceError, trio.BrokenResourceError)):
+                await closed
+        await theirs.aclose()
+
+
+async def close_under_reader(transport: SocketTransport) -> None:
+    with pytest.raises(trio.ClosedResourceError):
+        await transport.receive_some(1)
+
+
+async def test_connections_over_the_limit_are_closed_at_once() -> None:
+    async with open_server(Service()) as (server, port):
+        server.options = GrpcOptions(max_connections=1, flush_timeout=0.5)
+        first = await trio.open_tcp_stream("127.0.0.1", port)
+        assert await first.receive_some(10)
+        second = await trio.open_tcp_stream("127.0.0.1", port)
+        assert await second.receive_some(10) == b""
+        await first.aclose()
+        await second.aclose()
 
 
 async def test_grpcio_client_sees_its_call_through_a_drain() -> None:

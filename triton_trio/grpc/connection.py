@@ -261,7 +261,7 @@ class Connection:
             # Not by our scope, which would have caught it: the server, or whoever runs it, stops.
             stream.finish_cancelled(Reason.SERVER_DRAIN)
             raise
-        except Exception as exc:
+        except Exception as exc:  # noqa: BLE001  # handlers are not ours; _fail logs what it does not know
             self._fail(stream, exc)
         except BaseExceptionGroup as group:
             # The same from a handler with a nursery.  Its errors end here; what is not its to raise goes on.

@@ -85,8 +85,8 @@ class MessageStream(Http2Stream):
         self.receive_encoding = b"identity"  #: the peer's grpc-encoding
         self.send_encoding = b""  #: gzip or deflate: compress what we send
         self.failure: GRPCError | None = None  #: the peer broke the framing; raised to the receiver after what is good
-        self._messages: deque[bytes] = deque()  # whole messages, with their prefix
-        self._buffer: list[bytes] = []  # of the message that is arriving
+        self._messages: deque[tuple[int, bytes]] = deque()  # whole: (compression flag, payload)
+        self._buffer: list[bytes | memoryview] = []  # of the message that is arriving
         self._buffered = 0
         self._needed = PREFIX_LENGTH  # bytes that _buffer must have before anything can be done with it
         self._ahead = 0  # bytes acknowledged before their message was taken
@@ -99,7 +99,7 @@ class MessageStream(Http2Stream):
         if self.failure is not None:
             self.acknowledge(len(data))
         elif not self._buffered and len(data) >= PREFIX_LENGTH and self._is_whole(data):
-            self._messages.append(data)  # one DATA frame, one message: no copy
+            self._messages.append((data[0], data[PREFIX_LENGTH:]))  # one DATA frame, one message
         elif data:
             self._buffer.append(data)
             self._buffered += len(data)
@@ -135,6 +135,15 @@ class MessageStream(Http2Stream):
 
     def _cut(self) -> None:
         """Cut whole messages from the front of the buffer."""
+        if self._buffered == self._needed > PREFIX_LENGTH:
+            # The rest of a message and no more.  A tensor is copied once, here, and not again for its prefix, all of
+            # which is in the first piece since it was cut for the first time.
+            first = memoryview(self._buffer[0])
+            self._buffer[0] = first[PREFIX_LENGTH:]
+            self._messages.append((first[0], b"".join(self._buffer)))
+            self._buffer.clear()
+            self._buffered, self._needed = 0, PREFIX_LENGTH
+            return
         data = b"".join(self._buffer)
         position = 0
         self._needed = PREFIX_LENGTH
@@ -154,7 +163,7 @@ class MessageStream(Http2Stream):
             if end > len(data):
                 self._needed = PREFIX_LENGTH + length
                 break
-            self._messages.append(data[position:end])
+            self._messages.append((data[position], data[position + PREFIX_LENGTH : end]))
             position = end
         rest = data[position:]
         self._buffer = [rest] if rest else []
@@ -201,15 +210,13 @@ class MessageStream(Http2Stream):
             if self.remote_ended or self.closed:
                 return None
             await self._wait_receive()
-        frame = self._messages.popleft()
+        flag, payload = self._messages.popleft()
         # What was acknowledged ahead belongs to the oldest message that was then incomplete: this one.
-        self.acknowledge(len(frame) - self._ahead)
+        self.acknowledge(PREFIX_LENGTH + len(payload) - self._ahead)
         self._ahead = 0
         if self._buffered and not self._messages and self._needs_ahead:
             self._acknowledge_ahead()
-        if frame[0]:
-            return decompress(frame[PREFIX_LENGTH:], self.receive_encoding, self.max_receive)
-        return frame[PREFIX_LENGTH:]
+        return decompress(payload, self.receive_encoding, self.max_receive) if flag else payload
 
     async def _wait_receive(self) -> None:
         if self._receiver is not None:

@@ -30,6 +30,7 @@ from .http2_options import Http2Options as Http2Options
 from .http2_options import Http2Statistics as Http2Statistics
 from .http2_stream import Headers, RawHeaders
 from .http2_stream import Http2Stream as Http2Stream
+from .socket_transport import SocketTransport
 from .watchdog import Watchdog
 from .writer import Writer
 
@@ -68,11 +69,12 @@ class Http2Connection:
         after_read: Callable[[], None] | None = None,
         check_timers: Callable[[float], float] | None = None,
     ) -> None:
-        self.transport = transport
+        self.transport = SocketTransport(transport) if type(transport) is trio.SocketStream else transport
         self.options = options
         self.label = label  #: peer address; names the tasks
         self.streams: dict[int, Http2Stream] = {}
         self.ended: str | None = None  #: why the connection ended; None while it lives
+        self.usable = True  #: the engine still takes what streams want of it
         self.handshaken = False  #: the peer's SETTINGS have arrived, so its limits are known
         self.draining = False  #: no new streams (we drain, or the peer sent GOAWAY); ends when the last has closed
         self.peer_max_concurrent_streams = 100  #: the engine's assumption until SETTINGS arrive
@@ -209,9 +211,9 @@ class Http2Connection:
             resets_sent=self._resets_sent,
             bytes_received=self._bytes_received,
             bytes_sent=self.writer.bytes_sent,
-            queued_bytes=0 if self.ended else self.engine.queued_body_size(),
+            queued_bytes=0 if not self.usable else self.engine.queued_body_size(),
             unacknowledged_bytes=sum(stream.unacknowledged for stream in self.streams.values()),
-            local_window=0 if self.ended else self.engine.local_window_size,
+            local_window=0 if not self.usable else self.engine.local_window_size,
         )
 
     def _shut_down(self, why: str, *, goaway: int | None = None, flush: bool = True) -> None:
@@ -223,6 +225,7 @@ class Http2Connection:
         if self.ended is not None:
             return
         self.ended = why
+        self.usable = False
         if goaway is not None:
             try:
                 for stream_id, code in self._pending_resets.items():
@@ -299,7 +302,10 @@ class Http2Connection:
 
     def _dispatch(self) -> None:
         """Deliver the engine's events, in order."""
-        for event in self.engine.events():
+        events = self.engine.events()
+        if events and type(events[-1]) is ngh2.ConnectionClosed:
+            self.usable = False  # already during the events before it, a last response among them
+        for event in events:
             handler = _HANDLERS.get(type(event))
             if handler is not None:
                 handler(self, event)
@@ -419,7 +425,7 @@ class Http2Connection:
         self._just_ended.append(stream)
 
     def _acknowledge(self, stream_id: int, amount: int) -> None:
-        if amount and self.ended is None:
+        if amount and self.usable:
             self.engine.acknowledge_received_data(amount, stream_id)
             if self.writer.asleep and self.engine.want_write:  # a WINDOW_UPDATE has become due
                 self.writer.wake()
@@ -440,8 +446,9 @@ class Http2Connection:
     def take_output(self) -> bytes:
         """Everything that may go on the wire now.  The writer's."""
         engine = self.engine
+        data = b""
         try:
-            if self._pending_resets and self.ended is None:
+            if self._pending_resets and self.usable:
                 self._submit_resets()
             data = engine.data_to_send()
             self._dispatch()
@@ -451,7 +458,6 @@ class Http2Connection:
                 data += self._release_clients()
         except ngh2.NGH2Error as exc:
             self._shut_down(f"HTTP/2 engine: {exc}", goaway=ErrorCode.INTERNAL_ERROR)
-            data = b""
         if self.ended is not None and self._goaway:
             data += self._goaway
             self._goaway = b""
@@ -491,7 +497,7 @@ class Http2Connection:
                 self._ended_early.append(stream)
             else:
                 self._reset(stream, ErrorCode.NO_ERROR)
-        if not self._pending_resets:
+        if not (self._pending_resets and self.usable):
             return b""
         self._submit_resets()
         data = self.engine.data_to_send()

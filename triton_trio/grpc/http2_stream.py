@@ -56,9 +56,9 @@ class Http2Stream:
 
     def send_headers(self, headers: Headers, *, end_stream: bool = False) -> None:
         """Server: queue the response headers."""
-        if self.closed or self.local_ended:
-            return
         connection = self.connection
+        if self.closed or self.local_ended or not connection.usable:
+            return
         connection.engine.send_response(self.stream_id, headers, end_stream=end_stream)
         if end_stream:
             connection._ended_locally(self)
@@ -67,9 +67,9 @@ class Http2Stream:
 
     def send_data(self, data: bytes, *, end_stream: bool = False) -> None:
         """Queue body bytes; large objects are kept by reference.  Use :meth:`wait_writable` to bound the queue."""
-        if self.closed or self.local_ended:
-            return
         connection = self.connection
+        if self.closed or self.local_ended or not connection.usable:
+            return
         connection.engine.send_data(self.stream_id, data, end_stream=end_stream)
         if end_stream:
             connection._ended_locally(self)
@@ -77,9 +77,9 @@ class Http2Stream:
 
     def send_trailers(self, headers: Headers) -> None:
         """Queue trailers behind all queued body bytes.  They end the stream."""
-        if self.closed or self.local_ended:
-            return
         connection = self.connection
+        if self.closed or self.local_ended or not connection.usable:
+            return
         connection.engine.send_trailers(self.stream_id, headers)
         connection._ended_locally(self)
         connection.writer.wake()
@@ -98,7 +98,7 @@ class Http2Stream:
     @property
     def queued(self) -> int:
         """Body bytes that flow control or the transport has not taken yet."""
-        return 0 if self.connection.ended else self.connection.engine.queued_body_size(self.stream_id)
+        return 0 if not self.connection.usable else self.connection.engine.queued_body_size(self.stream_id)
 
     async def wait_writable(self) -> None:
         """Wait until no more than ``outbound_limit`` bytes are queued, or the stream has closed.
