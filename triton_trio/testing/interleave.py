@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Iterator
+from collections.abc import Awaitable, Callable, Iterable
 from itertools import permutations
 from types import TracebackType
 
@@ -81,12 +81,10 @@ async def sweep(
     raise AssertionError(f"the scenario still has scheduling points after {limit}")
 
 
-def orders(acts: Iterable[str], count: int = 2) -> Iterator[tuple[str, ...]]:
+def orders(acts: Iterable[str], count: int = 2) -> list[tuple[str, ...]]:
     """Every ``count`` of ``acts`` in every order, and each with itself: for ``pytest.mark.parametrize``.
 
     Synchronous acts one after the other, without a checkpoint between, are one scheduler tick.
     """
     names = tuple(acts)
-    yield from permutations(names, count)
-    for name in names:
-        yield (name,) * count
+    return [*permutations(names, count), *((name,) * count for name in names)]
