@@ -29,6 +29,7 @@ from .world import (
     countdown,
     open_world,
     ticks,
+    until,
     write_model,
 )
 
@@ -62,8 +63,7 @@ async def advance(run: Run, gate: Regate, chunks: int) -> None:
     for _ in range(chunks):
         before = run.batch.device_seconds
         gate.let_end(1)
-        while run.batch.device_seconds == before:
-            await trio.lowlevel.checkpoint()
+        await until(lambda before=before: run.batch.device_seconds != before)
         await trio.testing.wait_all_tasks_blocked()
 
 
@@ -130,8 +130,7 @@ async def test_c6_a_leaver_is_in_no_chunk_that_is_dispatched_later(tmp_path: Pat
             await trio.testing.wait_all_tasks_blocked()
             assert not member.released  # the second chunk, dispatched before the cancel, still has its row
             gate.let_end(1)
-            while not member.released:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: member.released)
             assert gate.ended == 2
             gate.open()
         assert member.steps_after_cancel == 4
@@ -277,8 +276,7 @@ async def test_b5_b6_a_device_that_does_not_come_back(tmp_path: Path, caplog: py
         async with open_world(context, gate=gate, backend=backend) as reloaded:
             gate.open()
             await reloaded.execute(*BATCH)
-            while dead.statistics().dropped < 2:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: dead.statistics().dropped >= 2)
             assert reloaded.device.state is DeviceState.READY
             await reloaded.execute(*BATCH)
 
@@ -292,8 +290,7 @@ async def test_at_most_what_was_delivered_before_the_cancel(tmp_path: Path) -> N
     async with open_world(context, gate=gate) as world:
         async with world.running([ticks(20), ticks(20)]) as run:
             gate.let_end(2)
-            while len(run.responses[0]) < 4:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: len(run.responses[0]) >= 4)
             run.cancel(0)
             gate.open()
         assert [response["MADE"].item() for response in run.responses[0]] == [1, 2, 3, 4]
@@ -312,12 +309,10 @@ async def test_a_cancel_while_every_row_is_parked(tmp_path: Path) -> None:
 
             for index in range(2):
                 nursery.start_soon(hold, index)
-            while any(request.can_send for request in run.requests):
-                await trio.lowlevel.checkpoint()
+            await until(lambda: not any(request.can_send for request in run.requests))
             await trio.testing.wait_all_tasks_blocked(0.01)
             scopes[0].cancel()
-            while not run.batch.members[0].released:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: run.batch.members[0].released)
             assert not run.ended.is_set()
             scopes[1].cancel()
         assert run.ended.is_set()
@@ -365,8 +360,7 @@ async def test_an_explicit_members_cancel_is_its_own(tmp_path: Path) -> None:
             await gate.wait_dispatched(2)
             run.cancel(0, 2)
             gate.let_end(2)
-            while not (run.batch.members[0].released and run.batch.members[2].released):
-                await trio.lowlevel.checkpoint()
+            await until(lambda: run.batch.members[0].released and run.batch.members[2].released)
             assert not run.ended.is_set()
             gate.open()
         assert run.responses[1][0]["MADE"].tolist() == [[8]]
@@ -404,8 +398,8 @@ async def test_a_model_whose_step_is_longer_than_the_target_is_reported_once(
     async with gated(tmp_path, target_chunk_ms=1e-6) as (world, gate):
         gate.open()
         with caplog.at_level(logging.WARNING):
-            await world.execute(*BATCH)
-            await world.execute(*BATCH)
+            for _ in range(4):
+                await world.execute(*BATCH)
         (record,) = [record for record in caplog.records if "cancel latency" in record.message]
         assert record.message.startswith("model 'm': 2 calls of step() take")
         assert np.isfinite(world.placed.buckets[0].step_ms)

@@ -12,6 +12,8 @@ from triton_trio.backends.jax.device import WINDOW, Barrier
 from triton_trio.errors import InternalError, Unavailable
 from triton_trio.testing.device import DeviceGate
 
+from .world import until
+
 
 class Program(Turn):
     """A program without a device; says in ``log`` what happens to it."""
@@ -37,7 +39,7 @@ class Program(Turn):
 
 
 @pytest.fixture
-async def gate() -> DeviceGate:
+async def gate() -> DeviceGate:  # noqa: ASYNC124  (pytest-trio makes async fixtures inside the Trio run)
     return DeviceGate()
 
 
@@ -244,8 +246,7 @@ async def test_b5_b6_abandoned_job_ends_now_and_late_completions_are_dropped(
                 pass
         gate.open()  # and now it does
         await gate.wait_ended(2)
-        while device.statistics().dropped < 3:  # two programs, and the news that all is drained
-            await trio.lowlevel.checkpoint()
+        await until(lambda: device.statistics().dropped >= 3)
     assert log == ["a", "b"]
 
 
@@ -263,8 +264,7 @@ def test_b6_completions_after_the_loop_has_ended_are_dropped() -> None:
         dispatched: list[str] = []
         async with DeviceJob(device, "job") as job:
             job.submit(Late("a", dispatched))
-            while not dispatched:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: dispatched)
             device.abandon("it does not come back")
         device.close()
         return device
@@ -305,3 +305,17 @@ async def test_a_dispatch_to_an_idle_device_is_a_bubble(device: DeviceThread, ga
             assert device.statistics().bubbles == 0  # the first one has nothing to follow
             await job.call(Program("b", log))
     assert device.statistics().bubbles == 1
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_a_device_thread_that_dies_is_not_waited_for() -> None:
+    class Exit(Program):
+        def wait(self) -> None:
+            raise SystemExit
+
+    device = DeviceThread("dying")
+    with trio.fail_after(10), pytest.raises(Unavailable, match="its thread ended with SystemExit"):
+        async with DeviceJob(device, "job") as job:
+            await job.call(Exit("a", []))
+    device.close()
+    device._thread.join(10)

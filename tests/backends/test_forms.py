@@ -21,6 +21,7 @@ from .world import (
     countdown,
     open_world,
     ticks,
+    until,
     write_model,
 )
 
@@ -173,8 +174,7 @@ async def test_a_row_that_is_done_is_answered_while_the_rest_goes_on(tmp_path: P
         async with world.running([countdown(1), countdown(50)]) as run:
             # Chunk, chunk, and behind them the finish of the row that was done in the first.
             gate.let_end(3)
-            while not run.responses[0]:
-                await trio.lowlevel.checkpoint()
+            await until(lambda: run.responses[0])
             assert gate.steps[:3] == [1, 1, 0]
             assert not run.responses[1]
             gate.open()
@@ -251,14 +251,15 @@ async def test_the_rows_of_one_decoupled_request_step_together(tmp_path: Path) -
 
 async def test_a_reader_that_is_behind_parks_its_own_row_only(tmp_path: Path) -> None:
     context = write_model(tmp_path, TICKER, TICKER_CONFIG, max_batch_size=2, buckets=2, ladder="1,2,4")
-    async with open_world(context) as world, trio.open_nursery() as nursery:
-        async with world.running([ticks(100), ticks(60)], read=False) as run:
+    async with open_world(context) as world:
+        async with (
+            world.running([ticks(100), ticks(60)], read=False) as run,
+            trio.open_nursery() as nursery,
+        ):
             slow, quick = run.requests
             nursery.start_soon(run.read, 1)
             with slow:
-                while not run.responses[1] or quick.outcome is None:
-                    await trio.lowlevel.checkpoint()
-                assert len(run.responses[1]) == 60
+                await until(lambda: quick.outcome is not None and len(run.responses[1]) == 60)
                 await trio.testing.wait_all_tasks_blocked(0.01)
                 steps = world.device.steps
                 # What the slow reader has not asked for has not been computed, but for what was under way.

@@ -74,6 +74,7 @@ BAD_MODELS = {
     "arguments": ("def apply(inputs): ...", "apply() must take (params, inputs), it takes (inputs)"),
     "syntax": ("def apply(params, inputs)\n", "failed: SyntaxError: expected ':' (model.py, line 1)"),
     "import error": ("x = 1\nimport nowhere_to_be_found\n", "failed at line 2: ModuleNotFoundError: No module named"),
+    "exit": ("import sys\nsys.exit(3)\n", "failed at line 2: SystemExit: 3"),
     "load raises": (DOUBLE + "def load(context): raise OSError('disk')", "load() failed: OSError: disk"),
     "params of strings": (
         DOUBLE + "def load(context): return {'a': ['text']}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from textwrap import dedent
@@ -120,8 +120,7 @@ class World:
                     for index in range(len(inputs)):
                         nursery.start_soon(run.read, index, name=f"client {index}")
                     # Every client waits for its response: a cancel is seen at once.
-                    while any(request._consumer is None and request.outcome is None for request in run.requests):
-                        await trio.lowlevel.checkpoint()
+                    await until(lambda: all(request._consumer or request.outcome for request in run.requests))
                 try:
                     yield run
                 except BaseException:
@@ -196,6 +195,12 @@ async def open_world(
         backend = JaxBackend(executor=gate.executor if gate else lambda name: Executor())
     async with backend.open_model(context) as model, model.open_instance(CPU) as instance:
         yield World(backend, model, instance, context.config.decoupled, gate)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Spin until another thread, or another task, has done its part."""
+    while not condition():  # noqa: ASYNC110
+        await trio.lowlevel.checkpoint()
 
 
 def countdown(steps: int, seed: int = 0, rows: int = 1) -> dict[str, np.ndarray]:

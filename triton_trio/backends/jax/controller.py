@@ -28,6 +28,8 @@ class ChunkController:
 
     SLOWER = 0.5
     FASTER = 0.2
+    #: Measurements before a verdict: the first programs of a process are slower than those that follow.
+    ENOUGH = 8
 
     def __init__(self, target: float, ladder: Sequence[int]) -> None:
         if not ladder or min(ladder) < 1 or target <= 0:
@@ -36,6 +38,7 @@ class ChunkController:
         self.ladder = tuple(sorted(set(ladder)))
         self.step_seconds: float | None = None  #: None until a chunk was measured
         self.k = self.ladder[0]
+        self._measured = 0
 
     def pick(self, left: int | None = None) -> int:
         """Steps for the next chunk; at most ``left`` (steps that can still be useful) if the ladder goes as low."""
@@ -45,6 +48,7 @@ class ChunkController:
 
     def observe(self, steps: int, seconds: float) -> None:
         """A chunk of ``steps`` occupied the device for ``seconds``."""
+        self._measured += 1
         step = seconds / steps
         if self.step_seconds is None:
             self.step_seconds = step
@@ -55,5 +59,6 @@ class ChunkController:
 
     @property
     def too_slow(self) -> bool:
-        """Even the smallest chunk takes longer than the target."""
-        return self.step_seconds is not None and self.ladder[0] * self.step_seconds > self.target
+        """Even the smallest chunk takes longer than the target; False as long as too few were measured."""
+        enough = self.step_seconds is not None and self._measured >= self.ENOUGH
+        return enough and self.ladder[0] * (self.step_seconds or 0.0) > self.target

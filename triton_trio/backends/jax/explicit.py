@@ -287,7 +287,7 @@ async def warm_up(placed: PlacedModel, functions: FunctionCache) -> None:
             outputs = await placed.functions.run(ctx, placed.params, inputs)
             if outputs is not None or not placed.config.decoupled:
                 await ctx.to_response(outputs, "run()")
-        except Exception as exc:  # noqa: BLE001  (any error of the author's function)
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's function raises
             LOGGER.error("%s failed when it was tried on zeros: %s", where, traceback.format_exc())
             raise InvalidArgument(
                 f"{where} failed when it was tried on zeros: {exc}; if zeros are no valid input, set the parameter "
@@ -338,7 +338,7 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
                 batch.respond(member, response)
     except TritonError as exc:
         batch.fail(member, type(exc)(*exc.args))
-    except Exception as exc:  # noqa: BLE001  (whatever a model raises is that request's error)
+    except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever a model raises is that request's error
         # As text: a record that keeps the exception would keep the arrays of every frame it passed.
         LOGGER.error("%s: run() failed: %s", placed.name, traceback.format_exc())
         batch.fail(member, InternalError(f"{placed.name}: run() failed: {type(exc).__name__}: {exc}"))

@@ -118,7 +118,7 @@ def _import(path: Path, model_name: str, version: int) -> ModuleType:
         try:
             # Compiled here, not by importlib: a .pyc of a file changed twice within a second would be the old one's.
             exec(compile(source, str(path), "exec"), module.__dict__)
-        except Exception as exc:  # noqa: BLE001  (whatever the author's file raises)
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's file raises
             sys.modules.pop(module.__name__, None)
             raise InvalidArgument(
                 f"model '{model_name}': importing {path} failed{_at_line(exc, path)}: {type(exc).__name__}: {exc}"
@@ -126,7 +126,7 @@ def _import(path: Path, model_name: str, version: int) -> ModuleType:
     return module
 
 
-def _at_line(exc: Exception, path: Path) -> str:
+def _at_line(exc: BaseException, path: Path) -> str:
     if isinstance(exc, SyntaxError):
         return ""  # its text has the line
     lines = (

@@ -141,7 +141,7 @@ class PlacedModel:
         with precision(self.options.x64), jax.default_device(self.jax_device):
             try:
                 params = load(context)
-            except Exception as exc:  # noqa: BLE001  (any error of the author's function)
+            except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's function raises
                 LOGGER.error("%s failed: %s", where, traceback.format_exc())
                 raise InvalidArgument(f"{where} failed: {type(exc).__name__}: {exc}") from None
             for path, leaf in jax.tree_util.tree_leaves_with_path(params):
