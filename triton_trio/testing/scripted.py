@@ -103,6 +103,15 @@ class Execution:
 
         self._send.send_nowait(command)
 
+    def call(self, function: Callable[[], object]) -> None:
+        """Call ``function`` when it is its turn, to see how far the execution has come."""
+
+        def command() -> bool:
+            function()
+            return False
+
+        self._send.send_nowait(command)
+
     def let_go(self) -> None:
         """End the wait of :attr:`Misbehaviour.ignore_release`."""
         self._let_go.set()
@@ -125,7 +134,8 @@ class Execution:
             raise RuntimeError(f"{self!r} has ended")
         return self.batch
 
-    def _step(self) -> bool:
+    async def _step(self) -> bool:
+        await self._running.checkpoint()
         self.steps += 1
         self.live.append(tuple(member.request.request_id for member in self._running.live()))
         return False
