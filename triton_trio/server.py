@@ -152,7 +152,8 @@ class InferenceServer:
         for frontend in self._serving:
             frontend.start_drain()
         if self._serving:
-            self._drained = self._drained or trio.Event()
+            if self._drained is None:
+                self._drained = trio.Event()
             # A deadline on the frontends' scope would say "deadline" to every client; the reason is ours to give.
             with trio.move_on_after(timeout):
                 await self._drained.wait()
