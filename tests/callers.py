@@ -54,8 +54,8 @@ class Call:
         if self.error is not None:
             assert self.error.message
         if self.outcome in (Outcome.ERROR, Outcome.REJECTED):
-            assert self.error is not None
             assert self.request.reason is None
+            assert self.error is not None or self.scope.cancelled_caught  # told, or gone in the same tick
         elif self.outcome is not Outcome.OK:
             assert self.request.reason is not None
             assert self.scope.cancelled_caught or self.error is not None
