@@ -17,6 +17,7 @@ from math import inf
 
 import trio
 
+from ._malloc import keep_large_buffers
 from ._version import __version__
 from .errors import TritonError
 from .grpc.frontend import serve_grpc
@@ -152,6 +153,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     for warning in args.warnings:
         LOGGER.warning("%s", warning)
+    keep_large_buffers()
     failed = False
     try:
         trio.run(_serve, args)
