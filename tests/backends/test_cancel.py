@@ -354,6 +354,23 @@ async def looping(tmp_path: Path) -> AsyncIterator[tuple[World, Regate]]:
         yield world, gate
 
 
+async def test_a_checkpoint_returns_when_one_program_is_left(tmp_path: Path) -> None:
+    code = LOOP.replace("        steps -= 1\n", "        steps -= 1\n        ctx.parameters['made'].append(steps)\n")
+    gate = DeviceGate()
+    context = write_model(tmp_path, code, TICKER_CONFIG.replace("true", "false"), warmup="false")
+    async with open_world(context, gate=gate) as world:
+        made: list[int] = []
+        async with world.running([ticks(3)], parameters={"made": made}) as run:
+            await gate.wait_dispatched(2)
+            await trio.testing.wait_all_tasks_blocked()
+            assert made == [2]  # the first checkpoint had nothing to wait for, the second one has
+            gate.let_end(1)
+            await gate.wait_dispatched(3)
+            assert made == [2, 1]
+            gate.open()
+        assert run.responses[0][0]["MADE"].tolist() == [[3]]
+
+
 async def test_an_explicit_members_cancel_is_its_own(tmp_path: Path) -> None:
     async with looping(tmp_path) as (world, gate):
         async with world.running([ticks(50), ticks(8), ticks(99)]) as run:

@@ -136,22 +136,26 @@ async def test_a_cancel_in_line_never_reaches_the_device(device: DeviceThread, g
 
 async def test_a_job_can_be_used_again_after_an_inner_cancel(device: DeviceThread, gate: DeviceGate) -> None:
     log: list[str] = []
+    inner = trio.CancelScope()
+
+    async def use(job: DeviceJob) -> None:
+        with inner:
+            await job.call(Program("a", log))
+        await job.call(Program("b", log))  # returns for its own program's end, not for that of the cancelled one
+        log.append("b has ended")
+
     with trio.fail_after(10):
-        async with DeviceJob(device, "job") as job:
-            async with trio.open_nursery() as nursery:
-                inner = trio.CancelScope()
-
-                async def wait() -> None:
-                    with inner:
-                        await job.call(Program("a", log))
-
-                nursery.start_soon(wait)
-                await gate.wait_dispatched(1)
-                inner.cancel()
-                gate.open()
+        async with DeviceJob(device, "job") as job, trio.open_nursery() as nursery:
+            nursery.start_soon(use, job)
+            await gate.wait_dispatched(1)
+            inner.cancel()
+            gate.let_end(1)
+            await gate.wait_dispatched(2)
+            await trio.testing.wait_all_tasks_blocked()
             assert inner.cancelled_caught
-            await job.call(Program("b", log))
-    assert log == ["a", "b"]
+            assert log == ["a", "b"]
+            gate.let_end(1)
+    assert log == ["a", "b", "b has ended"]
 
 
 async def test_leaving_the_block_waits_for_programs_nobody_awaits(device: DeviceThread, gate: DeviceGate) -> None:

@@ -110,11 +110,17 @@ class World:
         return run.responses
 
     @asynccontextmanager
-    async def running(self, inputs: Sequence[Mapping[str, np.ndarray]], *, read: bool = True) -> AsyncIterator[Run]:
+    async def running(
+        self,
+        inputs: Sequence[Mapping[str, np.ndarray]],
+        *,
+        read: bool = True,
+        parameters: Mapping[str, object] | None = None,
+    ) -> AsyncIterator[Run]:
         """A batch that executes; the block is left when it has ended."""
         with trio.fail_after(30):
             async with trio.open_nursery() as nursery:
-                run = Run(self, inputs)
+                run = Run(self, inputs, parameters)
                 nursery.start_soon(run.execute, name="execute")
                 if read:
                     for index in range(len(inputs)):
@@ -130,9 +136,11 @@ class World:
 
 
 class Run:
-    def __init__(self, world: World, inputs: Sequence[Mapping[str, np.ndarray]]) -> None:
+    def __init__(
+        self, world: World, inputs: Sequence[Mapping[str, np.ndarray]], parameters: Mapping[str, object] | None
+    ) -> None:
         self.world = world
-        self.requests = [InferenceRequest(each) for each in inputs]
+        self.requests = [InferenceRequest(each, parameters=parameters) for each in inputs]
         batched = world.model._context.config.max_batch_size > 0
         for request in self.requests:
             request.batch_size = next(iter(request.inputs.values())).shape[0] if batched else 1
