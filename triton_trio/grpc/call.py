@@ -87,8 +87,7 @@ class Call(Generic[RequestT, ReplyT]):
         self._ended = False  # our side
         self._replies = 0
         self._stream: CallStream | None = None
-        self._status: Status | None = None  # of a call that ended without a stream
-        self._told = False  # the caller knows that the call has failed
+        self._told: Status | None = None  # the failure that the caller has been told of first
         self._cancelled = False
 
     def __repr__(self) -> str:
@@ -109,9 +108,10 @@ class Call(Generic[RequestT, ReplyT]):
             if error is None and self._replies and not (self._server_streaming or self._told or self._is_complete):
                 await self.recv_message()  # noqa: ASYNC102  # a cancel here loses nothing: the call is ended below
         finally:
-            self._fail(Status.CANCELLED, _LEFT)
-            assert self._status is not None
-            self._channel.call_left(self, self._status)
+            stream = self._stream
+            if stream is not None:
+                stream.abort(Status.CANCELLED, _LEFT)
+            self._channel.call_left(self, self._told or (stream and stream.status) or Status.CANCELLED)
 
     # -- sending ---------------------------------------------------------------------------------------------------
 
@@ -323,19 +323,16 @@ class Call(Generic[RequestT, ReplyT]):
         return self._stream is not None and self._stream.is_complete
 
     def _fail(self, status: Status, message: str) -> GRPCError:
-        """End the call here, unless it has ended; the status that it ended with first is the one that counts."""
-        self._told = True
+        """End the call here, unless it has ended, and tell the caller."""
+        self._told = self._told or status
         if self._stream is not None:
             self._stream.abort(status, message)
-            self._status = self._stream.status
-        elif self._status is None:
-            self._status = status
         return GRPCError(status, message)
 
     def _raise_if_failed(self, stream: CallStream) -> None:
         error = stream.error
         if error is not None:
-            self._told = True
+            self._told = self._told or error.status
             raise error
 
     async def _receive(self, stream: CallStream) -> bytes | None:
