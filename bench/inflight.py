@@ -26,10 +26,9 @@ parameters { key: "execute_delay_ms" value { string_value: "100000000" } }
 
 async def client(port: int, connections: int, requests: int) -> None:
     """Open the calls, wait for a line on standard input, reset them all, print when the last was left."""
-    from triton_trio.grpc.channel import open_channel
-
     from triton_trio._pb import inference as pb
     from triton_trio._pb.inference_grpc import GrpcInferenceServiceStub
+    from triton_trio.grpc.channel import open_channel
 
     tensor = pb.ModelInferRequestInferInputTensor(name="INPUT0", datatype="FP32", shape=[16])
     message = pb.ModelInferRequest(model_name="identity", inputs=[tensor], raw_input_contents=[bytes(64)])

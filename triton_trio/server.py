@@ -123,7 +123,7 @@ class InferenceServer:
         """
         return await self._frontends.start(self._run_frontend, frontend, serve, args, name=name)
 
-    async def _run_frontend(
+    async def _run_frontend(  # noqa: ASYNC128 - serve() gets the task_status and says started
         self,
         frontend: Frontend,
         serve: Callable[..., Awaitable[Any]],
