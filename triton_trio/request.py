@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 import outcome
 import trio
@@ -340,12 +340,10 @@ class InferenceRequest:
             raise self._stored_error()
         return response
 
-    def _abort(self, raise_cancel: Callable[[], Any]) -> trio.lowlevel.Abort:
+    def _abort(self, raise_cancel: Callable[[], NoReturn]) -> trio.lowlevel.Abort:
         # Runs synchronously inside whoever cancels: after this line nobody can find the request in a queue or batch.
         self._consumer = None
-        captured = outcome.capture(raise_cancel)
-        error = getattr(captured, "error", None)
-        self._settle_cancelled(Reason.of(error) if isinstance(error, trio.Cancelled) else Reason.CALLER)
+        self._settle_cancelled(_reason(raise_cancel))
         return trio.lowlevel.Abort.SUCCEEDED
 
     def _settle_cancelled(self, reason: Reason) -> None:
@@ -366,6 +364,17 @@ class InferenceRequest:
             what = "the model is being unloaded" if reason is Reason.MODEL_UNLOADING else "the server is shutting down"
             return Unavailable(f"{self.label}request cancelled while {self.stage.value}: {what}")
         return RequestCancelled(f"{self.label}request cancelled while {self.stage.value}: {reason.value}", reason.value)
+
+
+def _reason(raise_cancel: Callable[[], NoReturn]) -> Reason:
+    # A name for the exception that outlives its handler would be a cycle through the traceback's frames, and keep the
+    # request's tensors alive until the garbage is collected.
+    try:
+        raise_cancel()
+    except trio.Cancelled as exc:  # noqa: ASYNC103 - Trio raises it again where it belongs, in the waiting task
+        return Reason.of(exc)  # noqa: ASYNC104
+    except KeyboardInterrupt:
+        return Reason.CALLER
 
 
 def _find_cancelled(group: BaseExceptionGroup[BaseException]) -> trio.Cancelled | None:
