@@ -32,7 +32,7 @@ class Member:
     """One request's part in a batch: its inputs, its rows ``[start, stop)``, and whether anybody still wants them."""
 
     __slots__ = (
-        "batch",
+        "_on_released",
         "left_at",
         "released",
         "request",
@@ -44,8 +44,9 @@ class Member:
         "stop",
     )
 
-    def __init__(self, batch: Batch, request: InferenceRequest, start: int) -> None:
-        self.batch = batch
+    def __init__(self, request: InferenceRequest, start: int, on_released: Callable[[Member], None]) -> None:
+        # Not the batch, which has the members: a cycle would keep all their tensors until the garbage is collected.
+        self._on_released = on_released
         self.request = request
         self.start = start
         self.stop = start + request.batch_size
@@ -84,7 +85,7 @@ class Member:
             self.released = True
             if self.left_at is not None:
                 self.seconds_after_cancel = trio.current_time() - self.left_at
-            self.batch.on_released(self)
+            self._on_released(self)
 
 
 class Batch:
@@ -114,7 +115,6 @@ class Batch:
         "formed_at",
         "members",
         "name",
-        "on_released",
         "rows",
         "scope",
     )
@@ -133,7 +133,6 @@ class Batch:
     ) -> None:
         self.name = name
         self.decoupled = decoupled
-        self.on_released = on_released
         self._on_abandoned = on_abandoned
         self._output_names = output_names
         self._reshape = reshape
@@ -146,7 +145,7 @@ class Batch:
         members = []
         rows = 0
         for request in requests:
-            member = Member(self, request, rows)
+            member = Member(request, rows, on_released)
             rows = member.stop
             members.append(member)
             request.place = self
