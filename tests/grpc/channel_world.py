@@ -140,6 +140,8 @@ class RawServer:
                     frame.parse_body(memoryview(buffer[9 : 9 + length]))
                     buffer = buffer[9 + length :]
                     self._hear(frame)
+                    if isinstance(frame, SettingsFrame) and "ACK" not in frame.flags and self.greets:
+                        await stream.send_all(SettingsFrame(0, flags=["ACK"]).serialize())
         except (trio.BrokenResourceError, trio.ClosedResourceError):
             pass
         finally:
