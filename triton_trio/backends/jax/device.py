@@ -103,11 +103,8 @@ class Turn(ABC):
         """Called after :meth:`wait` with the program's device time."""
 
 
-class Barrier(Turn):
-    """Complete when at most ``behind`` programs of the job are on the device; puts nothing on it."""
-
-    def __init__(self, behind: int) -> None:
-        self.behind = behind
+class Pause(Turn):
+    """Puts nothing on the device, and is complete when there is room: when at most one program is there."""
 
     def dispatch(self) -> bool:
         return False
@@ -215,8 +212,7 @@ class DeviceThread:
         thread asleep and be dispatched late.
         """
         return bool(self._in_flight) and (
-            bool(self._ready)
-            or any(turn.reply_when_done or job.draining or job.barrier for job, turn, _ in self._in_flight)
+            bool(self._ready) or any(turn.reply_when_done or job.draining for job, turn, _ in self._in_flight)
         )
 
     def _read_mail(self, *, block: bool) -> None:
@@ -226,7 +222,6 @@ class DeviceThread:
             if job is None:
                 self._closing = True
             elif job.draining:
-                job.drop_barrier()
                 self._post_if_drained(job)
             elif job.turns and not job.in_rotation:
                 job.in_rotation = True
@@ -258,10 +253,7 @@ class DeviceThread:
                 self._complete(job, turn)
             return
         job.give_back()
-        if isinstance(turn, Barrier) and job.in_flight > turn.behind:
-            job.barrier = turn
-        else:
-            self._complete(job, turn)
+        self._complete(job, turn)
         self._post_if_drained(job)
 
     def _in_flight_is_done(self) -> bool:
@@ -293,10 +285,6 @@ class DeviceThread:
         self._fill()
         if turn.reply_when_done:
             self._complete(job, turn)
-        barrier = job.barrier
-        if barrier is not None and job.in_flight <= barrier.behind:
-            job.barrier = None
-            self._complete(job, barrier)
         self._post_if_drained(job)
 
     def _fail(self, job: DeviceJob, turn: Turn, exc: Exception) -> None:

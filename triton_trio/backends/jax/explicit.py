@@ -22,7 +22,7 @@ import trio
 from ...errors import InternalError, InvalidArgument, TritonError
 from ...tensor import DTYPES
 from .checks import Avals, aval, outputs_problem
-from .device import Barrier, Turn
+from .device import Pause, Turn
 from .job import DeviceJob
 from .programs import precision, static_shapes
 
@@ -213,11 +213,11 @@ class ExplicitContext:
         return await self._call(function, args, fetch=False)
 
     async def checkpoint(self, value: Any = None) -> None:
-        """The place to let go: returns when at most one program of this request is on the device.
+        """The place to let go: returns when there is room on the device, so at most one program of this request is there.
 
         ``value`` is what the author waits for, for the reader of the code; the device works in order.
         """
-        await self._job.call(Barrier(behind=1))
+        await self._job.call(Pause())
 
     async def fetch(self, what: Any, /, *args: Any) -> Any:
         """Values on the device → numpy arrays; or ``fetch(function, *args)``: run it and fetch its result."""

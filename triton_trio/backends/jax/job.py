@@ -16,7 +16,7 @@ from .device import DeviceState
 if TYPE_CHECKING:
     from types import TracebackType
 
-    from .device import Barrier, DeviceThread, Turn
+    from .device import DeviceThread, Turn
 
 
 class DeviceJob:
@@ -40,7 +40,6 @@ class DeviceJob:
         # Of the device thread.
         self.in_rotation = False
         self.started = False
-        self.barrier: Barrier | None = None
         self.finished = 0
         self.steps = 0  #: that have ended
         self.device_seconds = 0.0
@@ -202,12 +201,6 @@ class DeviceJob:
         with self._lock:
             self.finished += len(self.turns)
             self.turns.clear()
-
-    def drop_barrier(self) -> None:
-        """Whoever waited for it is being cancelled."""
-        if self.barrier is not None:
-            self.barrier = None
-            self.finished += 1
 
     # Called in the Trio thread, by the device thread's messages
 
