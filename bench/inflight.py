@@ -16,7 +16,7 @@ from pathlib import Path
 
 import trio
 
-from .harness import Server, machine, save, serving, table
+from .harness import Server, cpu_seconds, machine, save, serving, table
 
 CONFIG = """backend: "identity" max_batch_size: 0
 input { name: "INPUT0" data_type: TYPE_FP32 dims: [ 16 ] } output { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ 16 ] }
@@ -59,10 +59,12 @@ def measure(server: Server, requests: int, connections: int) -> dict[str, float]
     server.ask(ask="wait_in_flight", count=requests)
     opened = time.monotonic() - began
     full = server.ask(ask="stats")["rss"]
+    cpu = cpu_seconds(server.pid)
     reset = time.monotonic_ns()
     process.stdin.write("\n")
     process.stdin.flush()
     idle_at = server.ask(ask="wait_idle")["ns"]
+    cpu = cpu_seconds(server.pid) - cpu
     process.wait(60)
     return {
         "requests": requests,
@@ -70,7 +72,7 @@ def measure(server: Server, requests: int, connections: int) -> dict[str, float]
         "open_s": round(opened, 2),
         "kib_per_request": round((full - idle) / requests / 1024, 2),
         "reset_all_ms": round((idle_at - reset) / 1e6, 1),
-        "us_per_reset": round((idle_at - reset) / 1e3 / requests, 1),
+        "server_cpu_us_per_reset": round(cpu / requests * 1e6, 1),
     }
 
 

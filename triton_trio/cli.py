@@ -17,7 +17,7 @@ from math import inf
 
 import trio
 
-from ._malloc import keep_large_buffers
+from ._process import calm_garbage_collector, keep_large_buffers
 from ._version import __version__
 from .errors import TritonError
 from .grpc.frontend import serve_grpc
@@ -188,6 +188,7 @@ async def _serve(args: argparse.Namespace) -> None:
             )
             for address in addresses:
                 LOGGER.info("Started GRPCInferenceService at %s", address)
+        calm_garbage_collector()
         await _wait_for_signals(server, args.exit_timeout_secs)
 
 

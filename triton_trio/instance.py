@@ -67,6 +67,7 @@ class ModelInstance:
         self.state = InstanceState.IDLE
         self.batch: Batch | None = None
         self.executions = 0
+        self.task: trio.lowlevel.Task | None = None
         self._backend = backend
         self._release_limit = release_limit
         self._watchdogs = watchdogs
@@ -74,7 +75,9 @@ class ModelInstance:
         order = model.scheduler.order
         self._hand: Hand | None = None if order is None else order.hand_over
         self._output_names = tuple(output.name for output in model.config.outputs)
-        self._reshape = _reshape_outputs(model.config) if any(o.reshape for o in model.config.outputs) else None
+        self._reshape = (
+            _reshape_outputs(model.config) if any(o.reshape is not None for o in model.config.outputs) else None
+        )
 
     @property
     def name(self) -> str:
@@ -96,6 +99,7 @@ class ModelInstance:
         **Cancellation:** a running execution is cancelled and its device awaited (bounded); its requests are
         cancelled with the reason ``model_unloading``.
         """
+        self.task = trio.lowlevel.current_task()
         while self.state is not InstanceState.QUARANTINED:
             # In one expression: a local variable would keep the last batch's tensors alive until the next batch.
             await self._execute(await self.model.scheduler.next_batch())

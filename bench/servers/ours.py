@@ -20,6 +20,7 @@ import trio
 
 from bench.harness import rss_bytes
 from triton_trio import open_server
+from triton_trio._process import calm_garbage_collector, keep_large_buffers
 from triton_trio.backends import DEFAULT_BACKENDS, Backend, BackendInstance, BackendModel, ModelContext, Placement
 from triton_trio.batch import Batch
 from triton_trio.grpc.frontend import serve_grpc
@@ -112,6 +113,7 @@ async def answer_questions(server: InferenceServer) -> None:
 
 
 async def main() -> None:
+    keep_large_buffers()  # as the command line does
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", required=True)
     parser.add_argument("--load", action="append", default=[])
@@ -127,6 +129,7 @@ async def main() -> None:
         record_requests()
     async with open_server(args.models, explicit=bool(args.load), load_models=args.load, backends=backends) as server:
         addresses = await serve_grpc(server, host="127.0.0.1", port=0)
+        calm_garbage_collector()
         print("READY", json.dumps({"port": int(addresses[0].rpartition(":")[2])}), flush=True)
         async with trio.open_nursery() as nursery:
             # Owner: this nursery; ended by the signal below.
