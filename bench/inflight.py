@@ -16,12 +16,15 @@ from pathlib import Path
 
 import trio
 
-from .harness import Server, cpu_seconds, machine, save, serving, table
+from .harness import Server, cpu_seconds, machine, percentile, save, serving, table
 
 CONFIG = """backend: "identity" max_batch_size: 0
 input { name: "INPUT0" data_type: TYPE_FP32 dims: [ 16 ] } output { name: "OUTPUT0" data_type: TYPE_FP32 dims: [ 16 ] }
 parameters { key: "execute_delay_ms" value { string_value: "100000000" } }
 """
+
+
+SIZES = ((100, 1), (1_000, 10), (10_000, 100))
 
 
 async def client(port: int, connections: int, requests: int) -> None:
@@ -92,6 +95,12 @@ def from_inside(server: Server, requests: int, connections: int) -> dict[str, fl
     return {"us_per_cancel": round(answer["seconds"] / answer["count"] * 1e6, 2)}
 
 
+def row(server: Server, requests: int, connections: int) -> dict[str, float]:
+    """Medians of three rounds."""
+    rounds = [measure(server, requests, connections) | from_inside(server, requests, connections) for _ in range(3)]
+    return {key: percentile([each[key] for each in rounds], 50) for key in rounds[0]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--client", help=argparse.SUPPRESS)
@@ -105,9 +114,7 @@ def main() -> None:
         (model / "1").mkdir(parents=True)
         (model / "config.pbtxt").write_text(CONFIG)
         with serving("triton_trio", "-m", "bench.servers.ours", "--models", folder) as server:
-            rows = []
-            for requests, connections in ((100, 1), (1_000, 10), (10_000, 100)):
-                rows.append(measure(server, requests, connections) | from_inside(server, requests, connections))
+            rows = [row(server, requests, connections) for requests, connections in SIZES]
     text = table(list(rows[0]), [list(row.values()) for row in rows]) + (
         "\n\nreset_all: from telling the client to reset every call until the server has none in flight (client and server share "
         "two cores, so it includes the client's own work). us_per_cancel: `request.cancel()` in a loop inside the server, "
