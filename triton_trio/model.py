@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
@@ -98,6 +98,7 @@ class Model:
         self._live: dict[InferenceRequest, None] = {}
         self._drained: trio.Event | None = None
         self._stopped = trio.Event()
+        self._task: trio.lowlevel.Task | None = None
 
     @property
     def name(self) -> str:
@@ -119,6 +120,20 @@ class Model:
             instances=tuple(instance.statistics() for instance in self.instances),
             in_flight=len(self._live),
         )
+
+    def notes(self) -> Iterator[tuple[trio.lowlevel.Task, str]]:
+        """For the live tree: where requests wait, and what executes."""
+        if self._task is None:
+            return
+        if queued := len(self.scheduler.queue):
+            yield self._task, f"queue: {queued} waiting"
+        for request in self._live:
+            who = f"request #{request.generation}" + (f" '{request.request_id}'" if request.request_id else "")
+            yield request.waiting_task or self._task, f"{who} of {self.name}:{self.version}, {request.stage.value}"
+        for instance in self.instances:
+            if instance.task is not None and (batch := instance.batch) is not None:
+                live, all_of_it = len(batch.scope), len(batch.members)
+                yield instance.task, f"batch of {batch.rows} rows: {live} of {all_of_it} requests live"
 
     # Inference
 
@@ -226,6 +241,7 @@ class Model:
         **Cancellation:** until ``started()`` it belongs to whoever loads, and leaves nothing behind; afterwards it ends
         by :meth:`stop` or with the server, and every request still here is cancelled with ``model_unloading``.
         """
+        self._task = trio.lowlevel.current_task()
         try:
             with self._scope:
                 async with AsyncExitStack() as stack:

@@ -132,6 +132,11 @@ class ModelRepository:
             for version in sorted(models):
                 yield models[version]
 
+    def notes(self) -> Iterator[tuple[trio.lowlevel.Task, str]]:
+        """For the live tree: see :meth:`Model.notes`."""
+        for model in self.loaded():
+            yield from model.notes()
+
     def directories(self) -> dict[str, Path]:
         """Model directories on disk by name.  Reads the file system."""
         found: dict[str, Path] = {}

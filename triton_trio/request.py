@@ -187,6 +187,11 @@ class InferenceRequest:
         self.received_at = trio.current_time()
         self._on_settled = on_settled
 
+    @property
+    def waiting_task(self) -> trio.lowlevel.Task | None:
+        """The task that waits for the next response; None while it is busy elsewhere."""
+        return self._consumer
+
     # Cancelling
 
     def cancel(self, reason: Reason = Reason.ADMIN) -> None:

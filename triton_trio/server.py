@@ -26,6 +26,7 @@ from ._version import __version__
 from .backends import DEFAULT_BACKENDS, Backend
 from .groups import without_groups
 from .model import Model, ModelStatistics
+from .observe import name_nursery
 from .repository import ModelRepository
 from .scopes import Reason
 
@@ -203,6 +204,7 @@ async def open_server(
     # Watchdogs are outermost: they bound how long leaving everything inside may take.
     with without_groups(nurseries=3):
         async with trio.open_nursery() as watchdogs:
+            name_nursery(watchdogs, "server")
             async with trio.open_nursery() as models:
                 repository = ModelRepository(
                     [Path(path) for path in paths],
@@ -214,7 +216,9 @@ async def open_server(
                     release_limit=release_limit,
                     unload_grace=unload_grace,
                 )
+                name_nursery(models, "models", repository.notes)
                 async with trio.open_nursery() as frontends:
+                    name_nursery(frontends, "frontends")
                     server = InferenceServer(
                         repository, server_id=server_id, strict_readiness=strict_readiness, frontends=frontends
                     )

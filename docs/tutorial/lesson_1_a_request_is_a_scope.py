@@ -40,8 +40,8 @@ async def lesson() -> None:
         with trio.move_on_after(0.5):
             async with trio.open_nursery() as nursery:
                 for i in range(3):
-                    nursery.start_soon(model.infer, {"INPUT0": NUMBERS}, name=f"request {i}")
-                await trio.sleep(0.25)
+                    nursery.start_soon(model.infer, {"INPUT0": NUMBERS}, name=f"client {i}")
+                    await trio.sleep(0.1)
                 say(tree())
         say(f"   in flight now: {server.statistics().in_flight}")
 

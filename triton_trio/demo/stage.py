@@ -99,9 +99,12 @@ class Stage:
         """The part of the live tree that moves, and what waits and executes."""
         statistics = self.inpaint.statistics()
         self.say(f"{when}:")
-        for line in tree().splitlines():
-            if line.lstrip().startswith(("grpc frontend", "connection", "rpc", "request", "batch")):
-                self.say(f"    {line}")
+        moving = ("model inpaint:", "queue:", "instance inpaint_0", "batch", "frontends")
+        moving += ("grpc frontend", "connection", "rpc", "request")
+        lines = [line for line in tree().splitlines() if line.lstrip(" │├└─").startswith(moving)]
+        margin = min(len(line) - len(line.lstrip(" ")) for line in lines)
+        for line in lines:
+            self.say(f"    {line[margin:]}")
         for model in (self.inpaint, self.server.model("inpaint_preview")):
             statistics = model.statistics()
             [instance] = statistics.instances
