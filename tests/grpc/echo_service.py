@@ -35,6 +35,7 @@ class EchoService:
 
     * ``fail_with`` ends the RPC in place of the last reply, with the text as message and the payload as details.
     * ``echo-initial…`` and ``echo-trailing…`` come back as initial and trailing metadata.
+    * metadata ``deadline`` in the message comes back as the seconds that are left.
     * a text of ``hold`` waits until somebody cancels: for a message that never comes if the client may still send one,
       otherwise for ``wait_forever()``, the one thing a handler cannot say without naming its event loop.
     * ``log`` tells what happens to the handlers, to any thread.
@@ -61,8 +62,8 @@ class EchoService:
                 raise _failure(request)
             times = request.repeat or 1
             metadata = dict(request.metadata)
-            if stream.deadline is not None:
-                metadata["deadline"] = str(stream.deadline.time_remaining())
+            if "deadline" in metadata:
+                metadata["deadline"] = "none" if stream.deadline is None else str(stream.deadline.time_remaining())
             await stream.send_message(
                 EchoReply(text=request.text * times, payload=request.payload * times, metadata=metadata)
             )
