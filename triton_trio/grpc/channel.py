@@ -263,8 +263,7 @@ class Channel:
             try:
                 return await self._connect(), ""
             except (OSError, trio.BrokenResourceError) as exc:
-                cause = exc.__cause__ if isinstance(exc.__cause__, OSError) else exc
-                return None, str(cause) or type(cause).__name__
+                return None, _describe(exc)
         return None, f"not within {limit:g} s"
 
     def _after_read(self) -> None:
@@ -316,6 +315,13 @@ async def open_channel(
                 yield channel
             finally:
                 channel.close()
+
+
+def _describe(error: Exception) -> str:
+    """Trio wraps what went wrong: once for each address it has tried."""
+    cause = error.__cause__ or error
+    causes = cause.exceptions if isinstance(cause, ExceptionGroup) else [cause]
+    return "; ".join(dict.fromkeys(str(each) or type(each).__name__ for each in causes))
 
 
 def _dialler(host: str, port: int, ssl_context: ssl.SSLContext | None) -> Connect:
