@@ -46,11 +46,11 @@ async def cancelled_while_queued(stage: Stage) -> None:
     await stage.executing("busy")
     waiting = stage.call("waiting", 100)
     await stage.queued(1)
-    stage.show_tree("just before")
+    await stage.show_tree("just before")
     cancelled = time.monotonic_ns()
     waiting.cancel()
     released = await stage.log.released("waiting")
-    stage.show_tree("just after")
+    await stage.show_tree("just after")
     stage.report("while queued", cancelled, released)
     stage.claim(
         "it was cancelled in the queue, by the client", (released.stage, released.reason) == ("queued", "client_reset")
@@ -68,11 +68,11 @@ async def cancelled_while_executing(stage: Stage) -> None:
     await stage.executing("running")
     waiting = stage.call("next", 100)
     await stage.queued(1)
-    stage.show_tree("just before")
+    await stage.show_tree("just before")
     cancelled = time.monotonic_ns()
     running.cancel()
     released = await stage.log.released("running")
-    stage.show_tree("just after")
+    await stage.show_tree("just after")
     stage.report("while executing", cancelled, released)
     stage.claim("it was cancelled while executing", released.stage == "executing")
     stage.claim(
@@ -89,9 +89,9 @@ async def deadline(stage: Stage) -> None:
     began = time.monotonic_ns()
     call = stage.call("hurried", ENDLESS, timeout=0.5)
     await stage.executing("hurried")
-    stage.show_tree("just before")
+    await stage.show_tree("just before")
     released = await stage.log.released("hurried")
-    stage.show_tree("just after")
+    await stage.show_tree("just after")
     stage.report("deadline passed", began + 500_000_000, released)
     await call.done.wait()
     stage.claim("the client reads DEADLINE_EXCEEDED", "DEADLINE_EXCEEDED" in str(call.error and call.error.status()))
@@ -105,11 +105,11 @@ async def killed_client(stage: Stage) -> None:
     async with trio.open_nursery() as nursery:
         victim = await Victim.start(nursery, stage.address, "inpaint", "victim", ENDLESS)
         await stage.executing("victim")
-        stage.show_tree("just before")
+        await stage.show_tree("just before")
         cancelled = time.monotonic_ns()
         victim.kill()
         released = await stage.log.released("victim")
-        stage.show_tree("just after")
+        await stage.show_tree("just after")
     stage.report("client killed", cancelled, released)
     stage.claim("the server saw the connection go", released.reason == "connection_lost")
     await stage.quiet()
@@ -138,7 +138,7 @@ async def _run_eight(
     batch = stage.inpaint.instances[0].batch
     stage.claim("eight requests share one execution", batch is not None and len(batch.members) == 8)
     if leaving:
-        stage.show_tree("just before")
+        await stage.show_tree("just before")
         cancelled = {}
         for i in leaving:
             cancelled[i] = time.monotonic_ns()
@@ -149,7 +149,7 @@ async def _run_eight(
             stage.claim(
                 "its row was left out of the next chunk", released.steps_after_cancel <= stage.in_flight_steps()
             )
-        stage.show_tree("just after")
+        await stage.show_tree("just after")
     return {i: await call.output("RESTORED") for i, call in calls.items() if i not in leaving}
 
 
@@ -164,12 +164,12 @@ async def stream(stage: Stage) -> None:
         if isinstance(response, Exception):
             raise response
         previews.append(response.as_numpy("PREVIEW")[0])
-    stage.show_tree("just before")
+    await stage.show_tree("just before", model="inpaint_preview")
     cancelled = time.monotonic_ns()
     async with trio.open_nursery() as nursery:
         nursery.start_soon(call.cancel, name="stop_stream")
         released = await stage.log.released("watched")
-    stage.show_tree("just after")
+    await stage.show_tree("just after", model="inpaint_preview")
     stage.report("while streaming", cancelled, released)
     stage.claim(
         "the model stopped within its running and its queued chunk",

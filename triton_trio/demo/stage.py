@@ -19,6 +19,8 @@ from ..server import InferenceServer
 from .clients import Call, Inputs
 from .pictures import damage, damaged, landscape
 
+_MOVING = ("model", "queue:", "instance", "batch", "frontends", "grpc", "connection", "rpc", "request", "wait for")
+
 
 class ClaimFailed(Exception):
     """The demo said something that was not so."""
@@ -95,22 +97,24 @@ class Stage:
     def claims(self) -> int:
         return self._claims
 
-    def show_tree(self, when: str) -> None:
-        """The part of the live tree that moves, and what waits and executes."""
-        statistics = self.inpaint.statistics()
+    async def show_tree(self, when: str, *, model: str = "inpaint") -> None:
+        """The part of the live tree that moves: the model's queue and batch, the connections and their requests."""
+        for _ in range(3):  # what has been woken by a cancel runs to its end first
+            await trio.lowlevel.checkpoint()
+        shown: list[str] = []
+        elsewhere = False
+        for line in tree().splitlines():
+            name = line.lstrip(" │├└─")
+            if name.startswith("model "):
+                elsewhere = not name.startswith(f"model {model}:")
+            elif name.startswith("frontends"):
+                elsewhere = False
+            if not elsewhere and name.startswith(_MOVING):
+                shown.append(line)
+        margin = min(len(line) - len(line.lstrip(" ")) for line in shown)
         self.say(f"{when}:")
-        moving = ("model inpaint:", "queue:", "instance inpaint_0", "batch", "frontends")
-        moving += ("grpc frontend", "connection", "rpc", "request")
-        lines = [line for line in tree().splitlines() if line.lstrip(" │├└─").startswith(moving)]
-        margin = min(len(line) - len(line.lstrip(" ")) for line in lines)
-        for line in lines:
+        for line in shown:
             self.say(f"    {line[margin:]}")
-        for model in (self.inpaint, self.server.model("inpaint_preview")):
-            statistics = model.statistics()
-            [instance] = statistics.instances
-            executing = f"executing {instance.live_members} of {instance.members}" if instance.members else "idle"
-            if statistics.in_flight or model is self.inpaint:
-                self.say(f"    {instance.name}: {executing}; {statistics.scheduler.queue.queued} in the queue")
 
     # Requests
 
