@@ -9,6 +9,7 @@ import trio
 import trio.testing
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError, ProtocolError
+from hyperframe.frame import SettingsFrame
 
 from triton_trio.grpc.channel import open_channel
 from triton_trio.grpc.codec import UpbCodec
@@ -273,6 +274,19 @@ async def test_a_server_that_says_nothing_is_no_connection(autojump_clock: trio.
         assert server.headers == {}, "nothing was sent to somebody whose limits are unknown"
 
 
+async def test_nothing_is_sent_before_the_settings_are_whole() -> None:
+    async with open_raw(greets=False) as (channel, server, nursery):
+        result = start(nursery, channel)
+        await settle()
+        settings = SettingsFrame(0, settings={3: 1}).serialize()
+        await server.send(settings[:11])
+        assert server.headers == {}
+        await server.send(settings[11:])
+        assert list(server.headers) == [1]
+        await server.send(*server.whole(1))
+        assert result.reply == b"answer"
+
+
 async def test_somebody_who_does_not_speak_http2_is_no_connection() -> None:
     async with open_raw(greets=False) as (channel, server, nursery):
         result = start(nursery, channel)
@@ -368,8 +382,6 @@ async def test_MAX_CONCURRENT_STREAMS_is_respected_in_order() -> None:
 
 
 async def test_a_raised_limit_lets_the_waiting_in() -> None:
-    from hyperframe.frame import SettingsFrame
-
     async with open_raw({3: 0}) as (channel, server, nursery):
         result = start(nursery, channel)
         await settle()
@@ -377,6 +389,18 @@ async def test_a_raised_limit_lets_the_waiting_in() -> None:
         await server.send(SettingsFrame(0, settings={3: 1}))
         await server.send(*server.whole(1))
         assert result.reply == b"answer"
+
+
+async def test_calls_that_wait_for_a_slot_outlive_its_connection() -> None:
+    async with open_raw({3: 0}) as (channel, server, nursery):
+        result = start(nursery, channel)
+        await settle()
+        server.settings = {}
+        await server.stream.aclose()
+        await settle()
+        await server.send(*server.whole(1))
+        assert result.reply == b"answer"
+        assert channel.statistics().dials == 2
 
 
 async def test_law_16_counts_balance_at_every_moment() -> None:

@@ -273,6 +273,18 @@ async def test_B1_reply_and_cancel_in_the_same_tick(first: str) -> None:
         assert channel.statistics().connections[0].open_streams == 0
 
 
+async def test_a_cancel_after_the_end_takes_nothing_away() -> None:
+    async with open_world() as world:
+        with trio.CancelScope() as scope:
+            async with call(world.channel) as rpc:
+                await rpc.send_message(b"done", end=True)
+                await settle()
+                assert await rpc.recv_message() == b"done"
+                scope.cancel()
+        assert not scope.cancelled_caught
+        assert finished(world.channel) == {"OK": 1}
+
+
 async def test_cancel_between_reply_and_status() -> None:
     async with open_raw() as (channel, server, nursery):
         result = start(nursery, channel)

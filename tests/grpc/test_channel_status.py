@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import trio
+import trio.testing
 from grpclib.const import Cardinality, Status
 from grpclib.encoding.base import StatusDetailsCodecBase
 from grpclib.exceptions import GRPCError
@@ -160,6 +161,16 @@ async def test_a_body_that_ends_without_trailers() -> None:
 async def test_OK_after_half_a_message_is_not_OK() -> None:
     result, _ = await outcome_of(lambda s: [s.head(1), DataFrame(1, data=message(b"whole")[:-1]), s.trailers(1)])
     assert (result.status, result.text) == (Status.INTERNAL, "Stream ended within a message: 9 bytes of 10")
+
+
+async def test_OK_after_half_a_message_is_not_OK_either_for_whoever_only_asks_for_the_status() -> None:
+    async with open_raw() as (channel, server, _):
+        async with call(channel, "bidi", BIDI) as rpc:
+            await rpc.send_request(end=True)
+            await settle()
+            await server.send(server.head(1), DataFrame(1, data=message(b"whole")[:-1]), server.trailers(1))
+            with pytest.raises(GRPCError, match="Stream ended within a message"):
+                await rpc.recv_trailing_metadata()
 
 
 @pytest.mark.parametrize("suffix", ["", "+proto", ";charset=utf-8"])
@@ -326,6 +337,17 @@ async def test_keepalive_finds_a_dead_server_if_asked_to(autojump_clock: trio.te
             await ask(channel)
         assert failed.value.status is Status.UNAVAILABLE
         assert trio.current_time() == 15
+
+
+async def test_a_server_that_does_not_read_if_asked_to_notice(autojump_clock: trio.testing.MockClock) -> None:
+    async with open_raw({SettingsFrame.INITIAL_WINDOW_SIZE: 0}, stall_limit=7) as (channel, server, _):
+        with pytest.raises(GRPCError) as failed:
+            await ask(channel, payload=bytes(1 << 20))
+        assert failed.value.status is Status.UNAVAILABLE
+        assert failed.value.message == "test:1 took nothing of what was sent for 7 s"
+        assert trio.current_time() == 7
+        await settle()
+        assert server.resets == [(1, 8)]
 
 
 async def test_neighbours_of_a_failed_call_do_not_notice() -> None:
