@@ -15,7 +15,7 @@ def start(noisy):
     return jnp.zeros((2, *noisy.shape))
 
 
-def _divergence(flow):
+def divergence(flow):
     down, right = flow
     return down - jnp.roll(down, 1, 0).at[0].set(0.0) + right - jnp.roll(right, 1, 1).at[:, 0].set(0.0)
 
@@ -24,18 +24,17 @@ def some_steps(noisy, flow):
     """Chambolle's projection: STEPS steps of gradient descent on the dual problem."""
 
     def step(flow, _):
-        image = noisy - WEIGHT * _divergence(flow)
+        image = noisy - WEIGHT * divergence(flow)
         down = jnp.diff(image, axis=0, append=image[-1:])
         right = jnp.diff(image, axis=1, append=image[:, -1:])
-        slope = jnp.stack([down, right])
-        flow = flow - 0.25 / WEIGHT * slope
+        flow = flow - 0.25 / WEIGHT * jnp.stack([down, right])
         return flow / jnp.maximum(1.0, jnp.sqrt((flow**2).sum(0, keepdims=True))), None
 
     return jax.lax.scan(step, flow, length=STEPS)[0]
 
 
 def result(noisy, flow):
-    return {"SOFT": jnp.clip(noisy - WEIGHT * _divergence(flow), 0.0, 1.0)}
+    return {"SOFT": jnp.clip(noisy - WEIGHT * divergence(flow), 0.0, 1.0)}
 
 
 async def run(ctx, params, inputs):
