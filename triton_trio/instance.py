@@ -43,6 +43,7 @@ class InstanceStatistics:
     executions: int  #: that have ended
     members: int  #: requests in the execution that runs now
     live_members: int  #: of these, still wanted
+    backend: object | None  #: what the backend counts
 
 
 class ModelInstance:
@@ -91,6 +92,7 @@ class ModelInstance:
             executions=self.executions,
             members=len(batch.members) if batch else 0,
             live_members=len(batch.scope) if batch else 0,
+            backend=self._backend.statistics(),
         )
 
     async def run(self) -> None:

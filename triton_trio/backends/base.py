@@ -54,6 +54,10 @@ class BackendInstance(ABC):
         waits for it here, and the server's watchdog bounds that wait with :meth:`abandon`.
         """
 
+    def statistics(self) -> object | None:
+        """What the backend counts for this instance: a frozen object with named fields, or None."""
+        return None
+
     def abandon(self) -> None:
         """The device did not let go within the release limit: make :meth:`execute` return now, whatever is lost.
 

@@ -13,6 +13,7 @@ import numpy as np
 import trio
 import tritonclient.grpc as tritonclient
 
+from ..backends.jax import PlacedStatistics
 from ..model import Model
 from ..observe import tree
 from ..server import InferenceServer
@@ -174,6 +175,15 @@ class Stage:
         )
         self.summary.append((scene, released.reason, f"{took:.1f}", str(released.steps_after_cancel)))
 
-    def in_flight_steps(self) -> int:
-        """How many steps may still run when a cancel arrives: the largest chunk, running and queued."""
-        return 2 * 64
+    def two_chunks(self, model: Model | None = None) -> int:
+        """Steps that may still run when a cancel arrives: the running chunk and the one queued behind it.
+
+        The controller may be about to change the size of a chunk, so a size up is allowed for: twice the larger.
+        """
+        [instance] = (model or self.inpaint).statistics().instances
+        placed = instance.backend
+        assert isinstance(placed, PlacedStatistics)
+        batch = (model or self.inpaint).instances[0].batch
+        rows = batch.rows if batch else 1
+        used = min((found for found in placed.buckets if found.bucket >= rows), key=lambda found: found.bucket)
+        return 2 * 2 * used.k

@@ -93,6 +93,10 @@ class JaxInstance(BackendInstance):
             else:
                 await execute_explicit(self._placed, self._functions, batch)
 
+    def statistics(self) -> PlacedStatistics:
+        """Of the model on this instance's device, which several instances may share."""
+        return self._placed.statistics()
+
     def abandon(self) -> None:
         self._placed.device.abandon("the device did not let go in time after a cancel; reload the model")
 
