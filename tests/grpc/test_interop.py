@@ -162,7 +162,7 @@ async def test_A8_the_server_knows_the_deadline(server: str, client: str) -> Non
 @pytest.mark.parametrize("kind", ["UnaryUnary", "StreamStream"])
 async def test_a_deadline_ends_both_sides(server: str, client: str, kind: str) -> None:
     async with open_peers(server, client) as peers:
-        got = await peers.ask(Ask((EchoRequest(text="hold"),), kind, timeout=0.3))
+        got = await peers.ask(Ask((EchoRequest(text="hold"),), kind, timeout=0.6))
         assert (got.status, got.replies) == (Status.DEADLINE_EXCEEDED, [])
         assert await peers.next_event() == "holding"
         assert await peers.next_event() == f"{kind} cancelled"
