@@ -97,6 +97,21 @@ async def test_metadata_both_ways() -> None:
         assert answer.trailers == [("grpc-status", "0"), ("late", "indeed")]
 
 
+async def test_malformed_binary_metadata_is_the_clients_error(caplog: pytest.LogCaptureFixture) -> None:
+    async def look(stream: BytesStream) -> None:
+        await stream.recv_message()
+        stream.metadata["raw-bin"]
+
+    service = Service()
+    service.add("look", look)
+    async with open_world(service) as world:
+        client = await world.connect()
+        answer = client.answers[await client.start("look", extra=[("raw-bin", "A")])]
+        assert answer.status == Status.INTERNAL.value
+        assert "raw-bin is not base64" in str(answer.headers)
+        assert not caplog.records  # nobody needs to look at the server
+
+
 @pytest.mark.parametrize(
     ("error", "status", "text"),
     [

@@ -17,10 +17,11 @@ from grpclib.const import Cardinality, Status
 from grpclib.exceptions import GRPCError, ProtocolError
 from multidict import MultiDict
 
-from .call_stream import CallStream, decode_metadata
+from .call_stream import CallStream
 from .connection import Peer
 from .http2 import Http2Connection
 from .http2_stream import RawHeaders
+from .metadata import decode_metadata
 
 if TYPE_CHECKING:
     from .channel import Channel

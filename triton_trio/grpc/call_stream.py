@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import binascii
-from collections.abc import Iterable
 from typing import Any
 
 import trio
@@ -11,13 +10,10 @@ from grpclib.const import Status
 from grpclib.encoding.base import StatusDetailsCodecBase
 from grpclib.exceptions import GRPCError
 from grpclib.metadata import decode_bin_value, decode_grpc_message
-from multidict import MultiDict
 
 from .framing import MessageStream
 from .http2 import ErrorCode, Http2Connection
 from .http2_stream import RawHeaders
-
-_OWN_HEADERS = frozenset({b"content-type", b"te", b"user-agent"})
 
 #: An answer without grpc-status comes from something between us and the gRPC server, or is cut short.
 _STATUS_OF_HTTP = {
@@ -46,32 +42,6 @@ _STATUS_OF_RESET = {
     11: (Status.RESOURCE_EXHAUSTED, "ENHANCE_YOUR_CALM"),
     12: (Status.PERMISSION_DENIED, "INADEQUATE_SECURITY"),
 }
-
-
-def decode_metadata(headers: Iterable[tuple[bytes, bytes]]) -> MultiDict[str | bytes]:
-    """The metadata among ``headers``; values of ``-bin`` keys are bytes, several in one header are taken apart.
-
-    Raises:
-        GRPCError: INTERNAL, a ``-bin`` value is not base64.
-    """
-    metadata: MultiDict[str | bytes] = MultiDict()
-    for name, value in headers:
-        if name.startswith((b":", b"grpc-")) or name in _OWN_HEADERS:
-            continue
-        key = name.decode("ascii", "replace")
-        if not name.endswith(b"-bin"):
-            metadata.add(key, value.decode("ascii", "surrogateescape"))
-            continue
-        for part in value.split(b","):
-            metadata.add(key, _decode_binary(key, part.strip()))
-    return metadata
-
-
-def _decode_binary(key: str, value: bytes) -> bytes:
-    try:
-        return decode_bin_value(value)
-    except binascii.Error as exc:
-        raise GRPCError(Status.INTERNAL, f"Malformed metadata from the server: {key} is not base64: {exc}") from None
 
 
 class CallStream(MessageStream):

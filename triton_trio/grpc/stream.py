@@ -14,13 +14,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import trio
 from grpclib.const import Handler, Status
 from grpclib.exceptions import GRPCError, ProtocolError
-from grpclib.metadata import Deadline, decode_metadata, encode_grpc_message, encode_metadata
+from grpclib.metadata import Deadline, encode_grpc_message, encode_metadata
 from multidict import MultiDict
 
 from ..scopes import Reason
 from .framing import ACCEPT_ENCODING, MessageStream
 from .http2 import Http2Connection
 from .http2_stream import RawHeaders
+from .metadata import decode_metadata
 
 if TYPE_CHECKING:
     from .connection import Connection, Peer
@@ -110,10 +111,13 @@ class Stream(MessageStream, Generic[RecvT, SendT]):
 
     @property
     def metadata(self) -> MultiDict[str | bytes]:
-        """The client's metadata; values of ``-bin`` keys are bytes."""
+        """The client's metadata; values of ``-bin`` keys are bytes.
+
+        Raises:
+            GRPCError: INTERNAL, such a value is not base64.  Not catching it answers the client with it.
+        """
         if self._metadata is None:
-            headers = [(name.decode("ascii"), value.decode("ascii", "surrogateescape")) for name, value in self.headers]
-            self._metadata = cast("MultiDict[str | bytes]", decode_metadata(headers))
+            self._metadata = decode_metadata(self.headers)
         return self._metadata
 
     @property
