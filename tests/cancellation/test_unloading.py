@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
@@ -55,7 +57,7 @@ async def test_after_its_grace_everybody_is_told_whether_queued_or_executing(
 
 async def test_the_waiter_may_leave_and_the_unload_goes_on(serve: Serve, autojump_clock: MockClock) -> None:
     backend = ScriptedBackend()
-    async with serve({"m": scripted_config()}, backend, unload_grace=5) as server:
+    async with serve({"m": scripted_config()}, backend, limit=math.inf, unload_grace=5) as server:
         async with calling(server.model("m")) as callers:
             await callers.call("a")
             with trio.move_on_after(1) as scope:

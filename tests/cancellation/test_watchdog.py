@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 import trio
@@ -54,7 +56,7 @@ async def test_B5_when_the_last_instance_is_quarantined_whoever_waits_is_told_an
     serve: Serve, autojump_clock: MockClock
 ) -> None:
     backend = stuck()
-    async with serve({"m": scripted_config()}, backend, release_limit=5) as server:
+    async with serve({"m": scripted_config()}, backend, limit=math.inf, release_limit=5) as server:
         model = server.model("m")
         async with calling(model) as callers:
             a, b, c = await callers.call_all("abc")

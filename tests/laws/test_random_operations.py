@@ -164,7 +164,7 @@ async def run(config: str, operations: list[tuple[Any, ...]], root: Path) -> Non
     await trio.sleep(1)
     async with AsyncExitStack() as stack:
         server = await stack.enter_async_context(
-            open_test_server(root, {"m": config}, backend, release_limit=RELEASE_LIMIT)
+            open_test_server(root, {"m": config}, backend, release_limit=RELEASE_LIMIT, limit=1000)
         )
         nursery = await stack.enter_async_context(trio.open_nursery())
         world = World(server, server.model("m"), backend, nursery)

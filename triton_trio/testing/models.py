@@ -49,13 +49,14 @@ def scripted_config(
 
 
 def model_repository(root: Path, models: Mapping[str, str], *, versions: Sequence[int] = (1,)) -> Path:
-    """Write a repository: the text of a config.pbtxt by model name.  Returns ``root``.
+    """Write a repository: the text of a config.pbtxt by model name, and empty version directories.  Returns ``root``.
 
     Blocking, as the file system is; a test may call it from an async function.
     """
     for name, config in models.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
         for version in versions:
-            (root / name / str(version)).mkdir(parents=True, exist_ok=True)
+            (root / name / str(version)).mkdir(exist_ok=True)
         (root / name / "config.pbtxt").write_text(config, encoding="utf-8")
     return root
 
@@ -67,6 +68,7 @@ async def open_test_server(
     backend: Backend | None = None,
     *,
     versions: Sequence[int] = (1,),
+    limit: float = 100.0,
     **options: Any,
 ) -> AsyncIterator[InferenceServer]:
     """A server on ``models``, with ``backend`` under the name ``scripted``; the test fails if it does not end quiescent.
@@ -75,6 +77,8 @@ async def open_test_server(
       root: an empty directory (``tmp_path``) for the repository.
       models: see :func:`model_repository`.
       backend: default: a :class:`ScriptedBackend` that answers at once.
+      limit: after so many seconds the block hangs, and fails.  With a clock that jumps that takes no time, but a block
+        which waits for a thread (to load a model, say) needs ``math.inf`` then.
       options: for :func:`triton_trio.open_server`.
 
     **Cancellation:** as :func:`triton_trio.open_server`.
@@ -82,8 +86,9 @@ async def open_test_server(
     model_repository(root, models, versions=versions)
     scripted = backend or ScriptedBackend(automatic=True)
     async with open_server(root, backends={"scripted": lambda: scripted}, **options) as server:
-        yield server
-        await trio.testing.wait_all_tasks_blocked()
-        assert_quiescent(server)
+        with trio.fail_after(limit):
+            yield server
+            await trio.testing.wait_all_tasks_blocked()
+            assert_quiescent(server)
     if isinstance(scripted, ScriptedBackend):
         assert (scripted.open_models, scripted.open_instances) == (0, 0), "a model or an instance was not closed"
