@@ -151,7 +151,7 @@ async def test_A8_the_server_knows_the_deadline(server: str, client: str) -> Non
     async with open_peers(server, client) as peers:
         question = EchoRequest(metadata={"deadline": "?"})
         got = await peers.ask(Ask((question,), timeout=5))
-        assert 0 < float(got.replies[0].metadata["deadline"]) <= 5.001  # timeouts are rounded
+        assert 0 < float(got.replies[0].metadata["deadline"]) <= 5.2  # each client rounds a timeout up in its own way
         with trio.CancelScope(shield=True):  # from this test's own deadline, which would travel
             got = await peers.ask(Ask((question,), timeout=None))
         assert got.replies[0].metadata == {"deadline": "none"}

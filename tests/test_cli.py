@@ -1,0 +1,167 @@
+"""``python -m triton_trio``: tritonserver's flags, errors that say what to do, signals that drain."""
+
+from __future__ import annotations
+
+import json
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tritonclient.grpc as tritonclient
+
+from triton_trio.cli import UNSUPPORTED, main, make_parser
+
+CONFIG = """backend: "identity"
+input { name: "IN" data_type: TYPE_FP32 dims: [ -1 ] } output { name: "OUT" data_type: TYPE_FP32 dims: [ -1 ] }
+parameters { key: "execute_delay_ms" value { string_value: "%s" } }
+"""
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    for name, delay in (("fast", "0"), ("endless", "1000000")):
+        (tmp_path / name / "1").mkdir(parents=True)
+        (tmp_path / name / "config.pbtxt").write_text(CONFIG % delay)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("argv", "text"),
+    [
+        (["--modell-repository=x"], "unrecognized arguments: --modell-repository=x"),
+        ([], "--model-repository is needed"),
+        (["--model-repository=x", "--model-control-mode=poll"], "poll is not supported: use none, or explicit"),
+        (["--model-repository=x", "--load-model=y"], "--load-model needs --model-control-mode=explicit"),
+        (["--model-repository=x", "--strict-readiness=maybe"], "expected true or false, got 'maybe'"),
+        (["--model-repository=x", "--log-format=xml"], "invalid choice: 'xml'"),
+    ],
+)
+def test_a_wrong_flag_says_what_is_wrong(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(argv)
+    assert stopped.value.code == 2
+    assert text in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flag", [flag for flags in UNSUPPORTED.values() for flag in flags.split()])
+def test_a_flag_without_effect_is_a_warning(flag: str) -> None:
+    args = make_parser().parse_args([f"--{flag}=1", "--id", "x"])
+    assert args.id == "x"
+    [warning] = args.warnings
+    assert warning.startswith(f"--{flag} is ignored: ")
+
+
+def test_what_is_switched_off_and_not_there_needs_no_warning() -> None:
+    assert make_parser().parse_args(["--allow-http=false", "--allow-metrics=false"]).warnings == []
+
+
+def test_flags_as_tritonserver_takes_them() -> None:
+    args = make_parser().parse_args(
+        [
+            "--model-store=a",
+            "--model-repository",
+            "b",
+            "--allow-grpc=1",
+            "--disable-auto-complete-config",
+            "--log-verbose=2",
+        ]
+    )
+    assert args.model_repository == ["a", "b"]
+    assert args.allow_grpc is True
+    assert args.disable_auto_complete_config is True
+    assert args.log_verbose == 2
+
+
+def test_a_model_that_does_not_load_ends_the_server_with_its_file_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "broken" / "1").mkdir(parents=True)
+    (tmp_path / "broken" / "config.pbtxt").write_text('backend: "identity"\nmax_batch_size: many\n')
+    assert main([f"--model-repository={tmp_path}", "--grpc-port=0"]) == 1
+    assert "broken/config.pbtxt:2:" in capsys.readouterr().err
+
+
+class Process:
+    """The command line in a process of its own, with JSON log lines."""
+
+    def __init__(self, *argv: str) -> None:
+        self._process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "triton_trio",
+                "--grpc-address=127.0.0.1",
+                "--grpc-port=0",
+                "--log-format=json",
+                *argv,
+            ],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        self.lines: list[dict[str, str]] = []
+        self.address = self.wait_for(r"Started GRPCInferenceService at (\S+)")
+
+    def wait_for(self, pattern: str) -> str:
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.lines.append(json.loads(line))
+            if found := re.search(pattern, self.lines[-1]["message"]):
+                return found[1] if found.groups() else found[0]
+        raise AssertionError(f"no line {pattern!r} in {self.lines}")
+
+    def signal(self, number: int) -> None:
+        self._process.send_signal(number)
+
+    def end(self) -> int:
+        status = self._process.wait(20)
+        assert self._process.stderr is not None
+        self._process.stderr.close()
+        return status
+
+    def kill(self) -> None:
+        self._process.kill()
+        self.end()
+
+
+@pytest.fixture
+def server(repository: Path) -> Iterator[Process]:
+    process = Process(f"--model-repository={repository}", "--log-verbose=1")
+    yield process
+    process.kill()
+
+
+def ask(client: tritonclient.InferenceServerClient, model: str, answers: list[object]) -> None:
+    tensor = tritonclient.InferInput("IN", [2], "FP32")
+    tensor.set_data_from_numpy(np.ones(2, np.float32))
+    client.async_infer(model, [tensor], callback=lambda result, error: answers.append(error or result), request_id="r")
+
+
+@pytest.mark.network
+def test_sigterm_ends_an_idle_server(server: Process) -> None:
+    with tritonclient.InferenceServerClient(server.address) as client:
+        assert client.is_server_ready()
+    server.signal(signal.SIGTERM)
+    assert server.end() == 0
+
+
+@pytest.mark.network
+def test_second_sigterm_cancels_what_is_in_flight(server: Process) -> None:
+    """E1: drain waits for the request; the second signal cancels it, and its client is told."""
+    answers: list[object] = []
+    with tritonclient.InferenceServerClient(server.address) as client:
+        ask(client, "endless", answers)
+        # Answered after the request before it on the connection was taken in.
+        assert client.get_inference_statistics("endless").model_stats[0].execution_count == 0
+        server.signal(signal.SIGTERM)
+        server.wait_for("SIGTERM: draining")
+        server.signal(signal.SIGTERM)
+        server.wait_for("reason=server_drain|cancelled request")
+        assert server.end() == 0
+    [error] = answers
+    assert isinstance(error, tritonclient.InferenceServerException)
+    assert "UNAVAILABLE" in str(error.status())
