@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -46,6 +47,12 @@ class Regate(DeviceGate):
             pass
         self.dispatched = self.ended = 0
         self.steps.clear()
+
+
+def block_until_ended(gate: DeviceGate, count: int) -> None:
+    """Wait for the device thread without letting any task run."""
+    while gate.ended < count:
+        time.sleep(1e-4)
 
 
 @asynccontextmanager
@@ -135,6 +142,18 @@ async def test_c6_a_leaver_is_in_no_chunk_that_is_dispatched_later(tmp_path: Pat
             gate.open()
         assert member.steps_after_cancel == 4
         assert sum(bool(responses) for responses in run.responses) == 7
+
+
+async def test_a_chunk_that_had_ended_before_the_cancel_is_not_counted_as_after_it(tmp_path: Path) -> None:
+    async with gated(tmp_path) as (world, gate):
+        async with world.running(BATCH) as run:
+            await gate.wait_dispatched(2)
+            gate.let_end(1)
+            block_until_ended(gate, 1)  # and Trio, held up here, has not heard of it
+            run.cancel(*range(8))
+            gate.open()
+        assert gate.steps[0] == 2
+        assert [member.steps_after_cancel for member in run.batch.members] == [sum(gate.steps[1:])] * 8
 
 
 async def test_c7_a_cancelled_execution_leaves_no_array_behind(tmp_path: Path) -> None:

@@ -148,6 +148,10 @@ class StepTurn(Turn):
                         self.now_done.append(slot)
         finally:
             for slot in self.slots:
+                # Counted here, where it is known that the member had left before the program ended, and before the rows
+                # are free, for then the member's line is logged.
+                if slot.member.left_at is not None:
+                    slot.member.steps_after_cancel += self.steps
                 slot.busy -= 1
         self.last = plan.over
 
@@ -179,7 +183,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
                 if job.outstanding:
                     turn = await job.next()
                     assert isinstance(turn, StepTurn)
-                    _account(batch, turn)
+                    batch.device_seconds += turn.seconds
                     _take(plan, turn)
                     placed.warn_if_slow(programs)
                 else:
@@ -193,14 +197,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
         plan.drop()
         for late in job.leftover():
             assert isinstance(late, StepTurn)
-            _account(batch, late)
-
-
-def _account(batch: Batch, turn: StepTurn) -> None:
-    batch.device_seconds += turn.seconds
-    for slot in turn.slots:
-        if slot.member.left_at is not None:
-            slot.member.steps_after_cancel += turn.steps
+            batch.device_seconds += late.seconds
 
 
 def _take(plan: StepPlan, turn: StepTurn) -> None:
