@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
+from statistics import median
 
 
 def program_seconds(done: float, dispatched: float, previous_done: float) -> float:
@@ -38,7 +40,10 @@ class ChunkController:
         self.ladder = tuple(sorted(set(ladder)))
         self.step_seconds: float | None = None  #: None until a chunk was measured
         self.k = self.ladder[0]
-        self._measured = 0
+        #: Even the smallest chunk takes longer than the target.  Judged by the median, for that the machine was busy for a
+        #: moment says nothing of the model; False as long as too few were measured.
+        self.too_slow = False
+        self._latest: deque[float] = deque(maxlen=2 * self.ENOUGH)  #: seconds of a step
 
     def pick(self, left: int | None = None) -> int:
         """Steps for the next chunk; at most ``left`` (steps that can still be useful) if the ladder goes as low."""
@@ -48,17 +53,12 @@ class ChunkController:
 
     def observe(self, steps: int, seconds: float) -> None:
         """A chunk of ``steps`` occupied the device for ``seconds``."""
-        self._measured += 1
         step = seconds / steps
+        self._latest.append(step)
         if self.step_seconds is None:
             self.step_seconds = step
         else:
             weight = self.SLOWER if step > self.step_seconds else self.FASTER
             self.step_seconds += weight * (step - self.step_seconds)
         self.k = max((k for k in self.ladder if k * self.step_seconds <= self.target), default=self.ladder[0])
-
-    @property
-    def too_slow(self) -> bool:
-        """Even the smallest chunk takes longer than the target; False as long as too few were measured."""
-        enough = self.step_seconds is not None and self._measured >= self.ENOUGH
-        return enough and self.ladder[0] * (self.step_seconds or 0.0) > self.target
+        self.too_slow = len(self._latest) >= self.ENOUGH and self.ladder[0] * median(self._latest) > self.target
