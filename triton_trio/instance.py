@@ -30,6 +30,12 @@ if TYPE_CHECKING:
 LOGGER = logging.getLogger("triton_trio.instance")
 
 
+#: Executions after which an instance lets other tasks run, whether or not its backend ever waits.
+TURN = 8
+#: Seconds after which an execution that returns, though it was cancelled, is worth a word in the log.
+SWALLOWED = 0.1
+
+
 class InstanceState(StrEnum):
     IDLE = "idle"
     EXECUTING = "executing"
@@ -105,6 +111,9 @@ class ModelInstance:
         while self.state is not InstanceState.QUARANTINED:
             # In one expression: a local variable would keep the last batch's tensors alive until the next batch.
             await self._execute(await self.model.scheduler.next_batch())
+            if self.executions % TURN == 0:
+                # A backend that never waits could serve a whole queue before anybody else runs, readers included.
+                await trio.lowlevel.checkpoint()
 
     async def _execute(self, requests: Sequence[InferenceRequest]) -> None:
         batch = self.batch = Batch(
@@ -128,6 +137,7 @@ class ModelInstance:
             self._fail_live(batch, InternalError(f"model '{self.model.name}' failed: {type(exc).__name__}: {exc}"))
         else:
             self._finish_live(batch)
+            self._say_if_swallowed(batch)
         finally:
             for member in batch.members:
                 if member.live:
@@ -154,6 +164,20 @@ class ModelInstance:
             elif member.live:
                 label = member.request.label
                 batch.fail(member, InternalError(f"{label}model '{self.model.name}' returned without a response"))
+
+    def _say_if_swallowed(self, batch: Batch) -> None:
+        scope = batch.scope.cancel_scope
+        if not scope.cancel_called or scope.cancelled_caught:
+            return
+        # It may have been about to end when the last member left; only going on for long afterwards is a mistake.
+        last = max((member.left_at for member in batch.members if member.left_at is not None), default=None)
+        if last is not None and trio.current_time() - last > SWALLOWED:
+            LOGGER.warning(
+                "model %s went on for %.1f s after its execution was cancelled, and then returned: does it catch "
+                "Cancelled, or work without a checkpoint? Its requests are cancelled whatever it returns",
+                self.model.name,
+                trio.current_time() - last,
+            )
 
     # The watchdog
 
