@@ -5,17 +5,22 @@ from __future__ import annotations
 import importlib.util
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import trio
 
 from triton_trio.config import load_model_config
-from triton_trio.demo.__main__ import MODELS
+from triton_trio.demo.__main__ import MODELS, main
+from triton_trio.demo.excerpt import excerpt
 from triton_trio.demo.pictures import damage, damaged, landscape
+from triton_trio.demo.watch import within
 
 
 def load(name: str) -> ModuleType:
@@ -57,6 +62,85 @@ def test_preview_makes_the_same_sweeps_as_inpaint() -> None:
     assert int(fast["sweep"]) == int(slow["sweep"])
 
 
+def test_sketch_is_dark_where_the_picture_changes() -> None:
+    model, picture = load("sketch"), np.full((128, 192, 3), 0.2, np.float32)
+    picture[:, 96:] = 0.9
+    sketch = np.asarray(model.apply(model.load(None), {"IMAGE": picture})["SKETCH"])
+    assert sketch.shape == (128, 192)
+    assert (sketch[:, 95:97] < 0.1).all()
+    np.testing.assert_allclose(np.delete(sketch, (95, 96), axis=1), 1.0, atol=1e-5)
+
+
+async def test_soften_takes_noise_away_and_has_a_checkpoint_after_each_round() -> None:
+    model, picture = load("soften"), landscape()
+    noisy = picture + np.random.default_rng(0).normal(0, 0.08, picture.shape).astype(np.float32)
+    checkpoints = 0
+
+    class Context:
+        async def run(self, function: Callable[..., Any], *args: Any) -> Any:
+            await trio.lowlevel.checkpoint()
+            return jax.jit(function)(*args)
+
+        fetch = run
+
+        async def checkpoint(self, value: Any) -> None:
+            nonlocal checkpoints
+            await trio.lowlevel.checkpoint()
+            checkpoints += 1
+
+    soft = np.asarray((await model.run(Context(), None, {"IMAGE": noisy}))["SOFT"])
+    assert np.abs(soft - picture).mean() < 0.5 * np.abs(noisy - picture).mean()
+    assert checkpoints == model.ROUNDS
+
+
+TREE = """\
+demo
+└── server
+    └── models
+        ├── model inpaint:1
+        │   ├── queue: 1 waiting
+        │   ├── instance inpaint_0_0
+        │   │   └── batch of 8 rows: 5 of 8 requests live
+        │   └── queue timeouts of inpaint:1
+        ├── model sketch:1
+        │   └── instance sketch_0_0
+        └── frontends
+            └── grpc frontend
+                ├── connection 127.0.0.1:5
+                │   ├── writer 127.0.0.1:5
+                │   ├── rpc /inference.GRPCInferenceService/ModelInfer #7
+                │   │   └── request #4 'a' of inpaint:1, executing
+                │   └── rpc /inference.GRPCInferenceService/ModelInfer #9
+                └── connection 127.0.0.1:6"""
+
+
+def test_excerpt_keeps_one_model_and_the_clients() -> None:
+    assert excerpt(TREE, "inpaint").splitlines() == [
+        "model inpaint:1",
+        "├── queue: 1 waiting",
+        "└── instance inpaint_0_0 › batch of 8 rows: 5 of 8 requests live",
+        "grpc frontend",
+        "├── connection 127.0.0.1:5",
+        "│   ├── rpc ModelInfer #7 › request #4 'a' of inpaint:1, executing",
+        "│   └── rpc ModelInfer #9",
+        "└── connection 127.0.0.1:6",
+    ]
+
+
+def test_a_claim_that_is_not_so_is_a_non_zero_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async def lie(folder: Path) -> None:
+        async with trio.open_nursery():
+            with within(0.001, "the moon is made of cheese"):
+                await trio.sleep_forever()
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("triton_trio.demo.__main__.demo", lie)
+    assert main() == 1
+    assert "not so: within 0.001 s, the moon is made of cheese" in capsys.readouterr().err
+
+
 @pytest.mark.network
 def test_demo_holds_what_it_claims(tmp_path: Path) -> None:
     """Runs the whole demo, as ``make demo`` does; a claim that is not so is a non-zero exit status."""
@@ -70,4 +154,6 @@ def test_demo_holds_what_it_claims(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "claims, all checked" in done.stdout
-    assert {path.name for path in (tmp_path / "demo-output").iterdir()} >= {"restored.png", "previews.png"}
+    assert max(map(len, done.stdout.splitlines())) <= 110
+    written = {path.name for path in (tmp_path / "demo-output").iterdir()}
+    assert written == {"restored.png", "previews.png", "sketch-and-soften.png"}

@@ -6,7 +6,10 @@ import os
 import signal
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
+from math import inf
+from time import monotonic_ns
 from typing import Any
 
 import numpy as np
@@ -58,7 +61,8 @@ class Call:
             self.result, self.error = result, error
             self.done.set()
 
-        self._token.run_sync_soon(finish)
+        with suppress(trio.RunFinishedError):  # the demo has failed and gone
+            self._token.run_sync_soon(finish)
 
     async def output(self, name: str) -> np.ndarray[Any, Any]:
         """The named output of the answer; raises the client's error."""
@@ -70,22 +74,36 @@ class Call:
 
 
 class StreamCall:
-    """One request on a stream of its own; responses come out of :attr:`responses`."""
+    """One request on a stream of its own."""
 
     def __init__(self, address: str, model: str, arrays: Inputs, *, request_id: str) -> None:
         self._client = tritonclient.InferenceServerClient(address)
         token = trio.lowlevel.current_trio_token()
-        sender, self.responses = trio.open_memory_channel[InferResult | InferenceServerException](10_000)
+        sender, self._responses = trio.open_memory_channel[InferResult | InferenceServerException](inf)
 
         def answered(result: InferResult | None, error: InferenceServerException | None) -> None:
-            token.run_sync_soon(sender.send_nowait, error if result is None else result)
+            with suppress(trio.RunFinishedError):
+                token.run_sync_soon(sender.send_nowait, error if result is None else result)
 
         self._client.start_stream(answered)
         self._client.async_stream_infer(model, to_inputs(arrays), request_id=request_id)
 
-    async def cancel(self) -> None:
-        """``stop_stream(cancel_requests=True)``, which waits for the client's own thread."""
-        await trio.to_thread.run_sync(lambda: self._client.stop_stream(cancel_requests=True))
+    async def response(self) -> InferResult:
+        """The next response; raises the client's error."""
+        response = await self._responses.receive()
+        if isinstance(response, Exception):
+            raise RuntimeError(f"the stream failed: {response!r}")
+        return response
+
+    async def cancel(self) -> int:
+        """``stop_stream(cancel_requests=True)``, which waits for the client's own thread; returns when it was called."""
+
+        def stop() -> int:
+            began = monotonic_ns()
+            self._client.stop_stream(cancel_requests=True)
+            return began
+
+        return await trio.to_thread.run_sync(stop)
 
     def close(self) -> None:
         self._client.close()

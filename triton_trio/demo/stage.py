@@ -1,121 +1,108 @@
-"""What the scenes stand on: the server, the cancel log as events, the tree as a picture, and claims that are checked."""
+"""What the scenes stand on: the server, clients, the tree as a picture, and claims that are checked."""
 
 from __future__ import annotations
 
-import logging
-import time
-from collections.abc import Callable
-from dataclasses import dataclass
+import textwrap
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import trio
 import tritonclient.grpc as tritonclient
 
-from ..backends.jax import PlacedStatistics
+from ..backends.jax.device import WINDOW
 from ..model import Model
 from ..observe import tree
 from ..server import InferenceServer
 from .clients import Call, Inputs
+from .excerpt import excerpt
 from .pictures import damage, damaged, landscape
+from .watch import CancelLog, ClaimFailed, DeviceLog, within
 
-_MOVING = ("model", "queue:", "instance", "batch", "frontends", "grpc", "connection", "rpc", "request", "wait for")
-
-
-class ClaimFailed(Exception):
-    """The demo said something that was not so."""
+COLUMNS = 108
 
 
-@dataclass(frozen=True)
-class Released:
-    """A line of the cancel log, and when it was written: the moment at which the request held nothing any more."""
-
-    ns: int  #: CLOCK_MONOTONIC
-    line: str
-    reason: str
-    stage: str
-    steps_after_cancel: int
-
-
-class CancelLog(logging.Handler):
-    """The server's own log of cancelled requests, by request id."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._released: dict[str, Released] = {}
-        self._waiters: dict[str, trio.Event] = {}
-
-    def emit(self, record: logging.LogRecord) -> None:
-        fields: dict[str, Any] = vars(record)
-        request_id = fields["request_id"]
-        self._released[request_id] = Released(
-            ns=time.monotonic_ns(),
-            line=record.getMessage(),
-            reason=fields["reason"],
-            stage=fields["stage"],
-            steps_after_cancel=fields["device_steps_after_cancel"],
-        )
-        self._waiters.setdefault(request_id, trio.Event()).set()
-
-    async def released(self, request_id: str) -> Released:
-        """Wait until the request has let go of everything."""
-        with trio.fail_after(20):
-            await self._waiters.setdefault(request_id, trio.Event()).wait()
-        return self._released[request_id]
+def say(text: str, *, indent: int = 2) -> None:
+    """Print lines, wrapped where they are long."""
+    for line in text.splitlines():
+        wrapped = textwrap.wrap(line, COLUMNS - indent, subsequent_indent="    ")
+        print(textwrap.indent("\n".join(wrapped), " " * indent), flush=True)
 
 
 class Stage:
     """Everything a scene needs."""
 
-    def __init__(self, server: InferenceServer, address: str, log: CancelLog, folder: Path) -> None:
+    def __init__(
+        self, server: InferenceServer, address: str, cancels: CancelLog, device: DeviceLog, folder: Path
+    ) -> None:
         self.server = server
         self.address = address
-        self.log = log
+        self.cancels = cancels
+        self.device = device
         self.folder = folder
         self.client = tritonclient.InferenceServerClient(address)
         self.inpaint: Model = server.model("inpaint")
         self.picture = landscape()
-        self.summary: list[tuple[str, str, str, str]] = []
-        self._claims = 0
+        self.claims = 0
+        self._summary: list[tuple[str, ...]] = []
 
     # Saying and claiming
 
     def headline(self, text: str) -> None:
-        print(f"\n{text}\n{'-' * len(text)}")
+        print(f"\n{text}\n{'-' * len(text)}", flush=True)
 
-    def say(self, text: str = "") -> None:
-        print("\n".join(f"  {line}" for line in text.splitlines()) if text else "", flush=True)
-
-    def claim(self, text: str, holds: bool) -> None:
+    def claim(self, text: str, holds: object) -> None:
         """Print ``text`` if it is so; end the demo if it is not."""
         if not holds:
             raise ClaimFailed(text)
-        self._claims += 1
-        self.say(f"✓ {text}")
-
-    @property
-    def claims(self) -> int:
-        return self._claims
+        self.claims += 1
+        say(f"✓ {text}")
 
     async def show_tree(self, when: str, *, model: str = "inpaint") -> None:
         """The part of the live tree that moves: the model's queue and batch, the connections and their requests."""
         for _ in range(3):  # what has been woken by a cancel runs to its end first
             await trio.lowlevel.checkpoint()
-        shown: list[str] = []
-        elsewhere = False
-        for line in tree().splitlines():
-            name = line.lstrip(" │├└─")
-            if name.startswith("model "):
-                elsewhere = not name.startswith(f"model {model}:")
-            elif name.startswith("frontends"):
-                elsewhere = False
-            if not elsewhere and name.startswith(_MOVING):
-                shown.append(line)
-        margin = min(len(line) - len(line.lstrip(" ")) for line in shown)
-        self.say(f"{when}:")
-        for line in shown:
-            self.say(f"    {line[margin:]}")
+        say(f"{when}:")
+        say(excerpt(tree(), model), indent=6)
+
+    def claim_cancelled(self, what: str, *cancels: tuple[str, int], reasons: Collection[str]) -> None:
+        """What it cost to cancel requests (id, and when the client did it), and that nobody worked on for them.
+
+        All of them are released.
+        """
+        took = most_chunks = most_steps = late = 0
+        for request_id, cancelled_ns in cancels:
+            released = self.cancels[request_id]
+            say(f"server log: {released.line}")
+            programs = self.device.after_cancel(request_id)
+            took = max(took, released.ns - cancelled_ns)
+            late += sum(program.dispatched > program.left[request_id] for program in programs)
+            most_chunks = max(most_chunks, len(programs))
+            most_steps = max(most_steps, sum(program.steps for program in programs))
+        self.claim(
+            f"from {what} to release: {took / 1e6:.1f} ms; the server's reason: {released.reason}",
+            released.reason in reasons and took < 5e9,
+        )
+        if released.stage == "queued":
+            self.claim("the device has never heard of it", most_chunks == 0)
+        else:
+            ran_on = f"chunks that ran on: {most_chunks} (steps: {most_steps}), of one running and one queued"
+            self.claim(f"no chunk was dispatched once the server knew; {ran_on}", late == 0 and most_chunks <= WINDOW)
+        row = (what, released.reason, released.stage, f"{took / 1e6:.1f}", str(most_chunks), str(most_steps))
+        self._summary.append(row)
+
+    def print_summary(self) -> None:
+        """One line for each way to leave."""
+        header = ("after", "reason", "stage", "released, ms", "chunks", "steps")
+        say("from the client's end to release, and what was on the device when the server knew of it:")
+        rows = [header, *self._summary]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+        for row in rows:
+            cells = [
+                cell.rjust(width) if column >= 3 else cell.ljust(width)
+                for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            say("   ".join(cells))
 
     # Requests
 
@@ -132,31 +119,22 @@ class Stage:
         """Ask for a picture over the socket, without waiting for it."""
         return Call(self.client, "inpaint", self.inputs(sweeps, seed=seed), request_id=request_id, timeout=timeout)
 
+    # Looking at the server from outside, where there is nothing to wait for: the demo asks, again and again
+
     async def until(self, what: str, holds: Callable[[], bool]) -> None:
-        """Wait until the server is in a state; the demo looks from outside, so it looks again and again."""
-        with trio.move_on_after(30) as patience:
-            while not holds():  # noqa: ASYNC110 - from outside there is nothing to wait for
+        with within(30, what):
+            while not holds():  # noqa: ASYNC110 - see above
                 await trio.sleep(0.002)
-        if patience.cancelled_caught:
-            raise ClaimFailed(f"within 30 s: {what}")
-
-    async def executing(self, request_id: str, model: Model | None = None) -> None:
-        """Wait until a request is in a batch and its first steps have been made."""
-        instances = (model or self.inpaint).instances
-
-        def holds() -> bool:
-            return any(
-                member.request.request_id == request_id
-                for instance in instances
-                if instance.batch
-                for member in instance.batch.members
-            )
-
-        await self.until(f"request {request_id} executes", holds)
-        await trio.sleep(0.1)
 
     async def queued(self, count: int) -> None:
         await self.until(f"{count} requests wait", lambda: len(self.inpaint.scheduler.queue) == count)
+
+    async def gone(self, request_id: str) -> None:
+        """Wait until no task and no place in the tree has the request."""
+        await self.until(f"the tree has no '{request_id}'", lambda: f"'{request_id}'" not in tree())
+
+    def connections(self) -> int:
+        return sum(" connection " in line for line in tree().splitlines())
 
     async def quiet(self) -> None:
         """Wait until nothing is in flight: what the server held for anybody is free again."""
@@ -165,25 +143,3 @@ class Stage:
             "every instance is idle",
             lambda: all(i.batch is None for model in self.server.repository.loaded() for i in model.instances),
         )
-
-    def report(self, scene: str, cancelled_ns: int, released: Released) -> None:
-        """What a cancel cost, for the scene and for the summary."""
-        took = (released.ns - cancelled_ns) / 1e6
-        self.say(f"server log: {released.line}")
-        self.say(
-            f"from the client's cancel to release: {took:.1f} ms; device steps after it: {released.steps_after_cancel}"
-        )
-        self.summary.append((scene, released.reason, f"{took:.1f}", str(released.steps_after_cancel)))
-
-    def two_chunks(self, model: Model | None = None) -> int:
-        """Steps that may still run when a cancel arrives: the running chunk and the one queued behind it.
-
-        The controller may be about to change the size of a chunk, so a size up is allowed for: twice the larger.
-        """
-        [instance] = (model or self.inpaint).statistics().instances
-        placed = instance.backend
-        assert isinstance(placed, PlacedStatistics)
-        batch = (model or self.inpaint).instances[0].batch
-        rows = batch.rows if batch else 1
-        used = min((found for found in placed.buckets if found.bucket >= rows), key=lambda found: found.bucket)
-        return 2 * 2 * used.k

@@ -18,13 +18,11 @@ def init(params, inputs):
 
 
 def step(params, carry):
-    image = carry["image"]
-    padded = jnp.pad(image, ((0, 0), (1, 1), (1, 1)), mode="edge")
-    # Each missing pixel becomes the mean of its neighbours, the diagonal ones counting less.
-    sides = padded[:, :-2, 1:-1] + padded[:, 2:, 1:-1] + padded[:, 1:-1, :-2] + padded[:, 1:-1, 2:]
-    corners = padded[:, :-2, :-2] + padded[:, :-2, 2:] + padded[:, 2:, :-2] + padded[:, 2:, 2:]
-    flowed = 0.2 * sides + 0.05 * corners
-    return {**carry, "image": jnp.where(carry["hole"], flowed, image), "sweep": carry["sweep"] + 1}
+    # Each missing pixel becomes a mean of its neighbourhood, weighted 1 2 1 downwards and 1 2 1 across.
+    padded = jnp.pad(carry["image"], ((0, 0), (1, 1), (1, 1)), mode="edge")
+    down = padded[:, :-2] + 2 * padded[:, 1:-1] + padded[:, 2:]
+    flowed = (down[:, :, :-2] + 2 * down[:, :, 1:-1] + down[:, :, 2:]) / 16
+    return {**carry, "image": jnp.where(carry["hole"], flowed, carry["image"]), "sweep": carry["sweep"] + 1}
 
 
 def done(carry):
