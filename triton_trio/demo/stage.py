@@ -84,9 +84,9 @@ class Stage:
             released.reason in reasons and took < 5e9,
         )
         if released.stage == "queued":
-            self.claim("the device has never heard of it", most_chunks == 0)
+            self.claim("the device has never heard of it", not any(self.device.heard_of(name) for name, _ in cancels))
         else:
-            ran_on = f"chunks that ran on: {most_chunks} (steps: {most_steps}), of one running and one queued"
+            ran_on = f"of at most {WINDOW} on the device, {most_chunks} ran on ({most_steps} steps)"
             self.claim(f"no chunk was dispatched once the server knew; {ran_on}", late == 0 and most_chunks <= WINDOW)
         row = (what, released.reason, released.stage, f"{took / 1e6:.1f}", str(most_chunks), str(most_steps))
         self._summary.append(row)

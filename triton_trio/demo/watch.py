@@ -132,6 +132,10 @@ class DeviceLog(Executor):
         with within(30, f"the device works for request '{request_id}'"):
             await self._events.wait(request_id)
 
+    def heard_of(self, request_id: str) -> bool:
+        """Whether a step was ever made for the request."""
+        return request_id in self._announced
+
     def after_cancel(self, request_id: str) -> list[Program]:
         """The programs with the request's rows that ended after its cancel."""
         return [program for program in self._programs if request_id in program.left]
