@@ -188,6 +188,23 @@ async def test_deadline_wins_over_a_reset_in_the_same_instant(mock_clock: trio.t
         assert reasons == [None], "the reset did not claim it"
 
 
+@pytest.mark.parametrize(
+    ("before", "reason"), [(0.005, Reason.DEADLINE), (0.5, Reason.CLIENT_RESET)], ids=["its clock rang first", "long before"]
+)
+async def test_a_reset_just_before_the_deadline_is_the_deadline(
+    before: float, reason: Reason, mock_clock: trio.testing.MockClock
+) -> None:
+    async with open_world() as world:
+        client = await world.connect()
+        stream_id = await client.start("hold", extra=[("grpc-timeout", "1S")])
+        (connection,) = world.server._connections
+        (stream,) = connection.running
+        mock_clock.jump(1 - before)
+        await client.reset(stream_id)
+        assert stream.cancel_reason is reason
+        assert not connection.running
+
+
 async def test_A8_deadline_of_a_call_whose_message_never_comes(autojump_clock: trio.testing.MockClock) -> None:
     async with open_world() as world:
         client = await world.connect()

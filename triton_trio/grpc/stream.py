@@ -46,6 +46,11 @@ CANCELLED_STATUS: dict[Reason, tuple[Status, str]] = {
 }
 
 
+#: Seconds.  A client starts its deadline's clock before the server does, and resets the stream when its own has rung.  A reset
+#: that comes so shortly before the server's deadline is that deadline.
+SAME_INSTANT = 0.01
+
+
 class Method:
     """A handler of a service, and what of it is the same for every call."""
 
@@ -303,7 +308,13 @@ class Stream(MessageStream, Generic[RecvT, SendT]):
 
     def on_reset(self, error_code: int, by_peer: bool) -> None:
         self._connection.stream_gone(self)
-        self.request_cancel(Reason.CLIENT_RESET if by_peer else Reason.PROTOCOL_ERROR)
+        if not by_peer:
+            reason = Reason.PROTOCOL_ERROR
+        elif self.cancel_scope.deadline - trio.current_time() <= SAME_INSTANT:
+            reason = Reason.DEADLINE
+        else:
+            reason = Reason.CLIENT_RESET
+        self.request_cancel(reason)
 
     def on_lost(self, why: str) -> None:
         self._connection.stream_gone(self)
