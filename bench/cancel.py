@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import os
 import time
 from typing import Any
 
@@ -112,6 +113,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeat", type=int, default=100)
     args = parser.parse_args()
+    # One core for the device, one for everybody else: on two cores XLA's threads would otherwise stand in for a host that is
+    # busy, and a device of its own is what is to be measured.
+    os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     before = machine()
     figures: dict[str, dict[str, dict[str, float]]] = {}
     with serving("triton_trio", "-m", "bench.servers.ours", "--models", "bench/models", "--record") as server:
