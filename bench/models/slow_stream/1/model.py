@@ -3,11 +3,11 @@ import jax.numpy as jnp
 
 
 def load(context):
-    return jax.random.normal(jax.random.key(0), (384, 384), jnp.float32) / 384**0.5
+    return jax.random.normal(jax.random.key(0), (640, 640), jnp.float32) / 640**0.5
 
 
 def init(params, inputs):
-    return {"x": jnp.eye(384, dtype=jnp.float32), "i": jnp.int32(0), "n": inputs["INPUT0"][0].astype(jnp.int32)}
+    return {"x": jnp.eye(640, dtype=jnp.float32), "i": jnp.int32(0), "n": inputs["INPUT0"][0].astype(jnp.int32)}
 
 
 def step(params, carry):
