@@ -189,7 +189,9 @@ async def test_deadline_wins_over_a_reset_in_the_same_instant(mock_clock: trio.t
 
 
 @pytest.mark.parametrize(
-    ("before", "reason"), [(0.005, Reason.DEADLINE), (0.5, Reason.CLIENT_RESET)], ids=["its clock rang first", "long before"]
+    ("before", "reason"),
+    [(0.005, Reason.DEADLINE), (0.5, Reason.CLIENT_RESET)],
+    ids=["its clock rang first", "long before"],
 )
 async def test_a_reset_just_before_the_deadline_is_the_deadline(
     before: float, reason: Reason, mock_clock: trio.testing.MockClock
