@@ -19,7 +19,8 @@ demo: $(VENV)/.installed-demo
 test: $(VENV)/.installed-test
 	$(PY) -m pytest $(ARGS)
 
-check: $(VENV)/.installed-dev
+# With the tests' packages, too: mypy reads their types.
+check: $(VENV)/.installed-dev $(VENV)/.installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
