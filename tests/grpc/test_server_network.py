@@ -137,7 +137,7 @@ async def test_grpcio_client_cancel_reaches_the_handler() -> None:
                 requests: Iterator[bytes] = iter([b"ping"])
                 stream = channel.stream_stream("/test.Service/bidi")(endless(requests))
                 assert next(stream) == b"ping"
-                trio.from_thread.run(entered)
+                trio.from_thread.run(service.wait_entered, 2)
                 future.cancel()
                 stream.cancel()
 
@@ -145,16 +145,8 @@ async def test_grpcio_client_cancel_reaches_the_handler() -> None:
             yield from first
             done.wait(10)  # in a thread of grpcio's
 
-        async def entered() -> None:
-            while service.entered < 2:  # noqa: ASYNC110  # a real client: nothing here can wake us
-                await trio.sleep(0.005)
-
-        async def cancelled() -> None:
-            while len(service.cancelled) < 2:  # noqa: ASYNC110
-                await trio.sleep(0.005)
-
         await in_thread(client)
-        await cancelled()
+        await service.wait_cancelled(2)
         done.set()
         assert sorted(service.cancelled) == [("client_reset", "explicit")] * 2
         assert server.statistics().running == 0
@@ -215,8 +207,7 @@ async def test_grpcio_client_sees_its_call_through_a_drain() -> None:
                 assert future.result(timeout=5) == b"released"
 
         async def drain() -> None:
-            while not service.entered:  # noqa: ASYNC110
-                await trio.sleep(0.005)
+            await service.wait_entered(1)
             server.start_drain()
             await trio.testing.wait_all_tasks_blocked()
             service.release.set()

@@ -63,6 +63,7 @@ class Service:
         self.cancelled: list[tuple[str | None, str]] = []  # (reason, source) of the Cancelled that hold() saw
         self.entered = 0
         self.release = trio.Event()
+        self._changed = trio.lowlevel.ParkingLot()
         self.add("echo", self.echo)
         self.add("hold", self.hold)
         self.add("bidi", self.bidi, Cardinality.STREAM_STREAM)
@@ -73,6 +74,16 @@ class Service:
     def __mapping__(self) -> dict[str, Handler]:
         return {f"/test.Service/{name}": handler for name, handler in self.handlers.items()}
 
+    async def wait_entered(self, count: int) -> None:
+        """Wait until ``hold`` and ``bidi`` have been called so often."""
+        while self.entered < count:
+            await self._changed.park()
+
+    async def wait_cancelled(self, count: int) -> None:
+        """Wait until so many of them have seen their cancel."""
+        while len(self.cancelled) < count:
+            await self._changed.park()
+
     async def echo(self, stream: BytesStream) -> None:
         request = await stream.recv_message()
         assert request is not None
@@ -81,21 +92,25 @@ class Service:
     async def hold(self, stream: BytesStream) -> None:
         """Answers when released; records how it was cancelled."""
         self.entered += 1
+        self._changed.unpark_all()
         await stream.recv_message()
         try:
             await self.release.wait()
         except trio.Cancelled as exc:
             self.cancelled.append((exc.reason, exc.source))
+            self._changed.unpark_all()
             raise
         await stream.send_message(b"released")
 
     async def bidi(self, stream: BytesStream) -> None:
         self.entered += 1
+        self._changed.unpark_all()
         try:
             async for request in stream:
                 await stream.send_message(request)
         except trio.Cancelled as exc:
             self.cancelled.append((exc.reason, exc.source))
+            self._changed.unpark_all()
             raise
 
 

@@ -226,7 +226,7 @@ class MemoryStream:
             self._sending = False
 
     def __aiter__(self) -> AsyncIterator[pb.ModelInferRequest]:
-        raise NotImplementedError("the service reads with recv_message")
+        raise AssertionError("the service reads with recv_message")
 
 
 def infer_message(
