@@ -16,7 +16,7 @@ import trio
 
 from .errors import InternalError, TritonError
 from .lifecycle import Event
-from .request import InferenceRequest, InferenceResponse, ParameterValue
+from .request import InferenceRequest, InferenceResponse, NullRequest, ParameterValue
 from .scopes import BatchScope, Reason
 
 if TYPE_CHECKING:
@@ -27,12 +27,16 @@ Hand = Callable[[InferenceRequest, Callable[[], None]], None]
 
 Reshape = Callable[["Mapping[str, Array]"], "Mapping[str, Array]"]
 
+#: Keeps the state tensors of an answer for the sequence's next request, and returns the others.
+TakeStates = Callable[[InferenceRequest, "Mapping[str, Array]"], "Mapping[str, Array]"]
+
 
 class Member:
     """One request's part in a batch: its inputs, its rows ``[start, stop)``, and whether anybody still wants them."""
 
     __slots__ = (
         "_on_released",
+        "kept",
         "left_at",
         "released",
         "request",
@@ -52,6 +56,8 @@ class Member:
         self.stop = start + request.batch_size
         self.served = False
         self.left_at: float | None = None
+        #: Cancelled, and its row goes on all the same: for its sequence's state, where the configuration says so.
+        self.kept = False
         self.released = False
         #: From the cancel until the device had let go.
         self.seconds_after_cancel = 0.0
@@ -70,9 +76,14 @@ class Member:
         return self.request.inputs
 
     @property
+    def ready(self) -> bool:
+        """False for a row that no request fills (Triton's READY control)."""
+        return not isinstance(self.request, NullRequest)
+
+    @property
     def live(self) -> bool:
         """True while the request waits for (more of) its result."""
-        return not self.served and self.left_at is None
+        return not self.served and (self.left_at is None or self.kept)
 
     @property
     def can_send(self) -> bool:
@@ -97,6 +108,9 @@ class Batch:
       decoupled: whether a member may have any number of responses.
       output_names: the model's outputs, to say what is missing.
       reshape: from the shapes of the model's outputs to those of the response; None if they are the same.
+      take_states: see :data:`TakeStates`; None for a model without implicit state.
+      keep_cancelled: a member that is cancelled gets no answer, but its row is computed to the end.
+      on_rescheduled: told of a member that the model wants to see again.
       hand: gets every response and failure to pass on, in preserve_ordering's order; None passes them on at once.
       on_released: told when a member's device resources are free.
       on_abandoned: told when the last member has left and the execution has been cancelled.
@@ -105,9 +119,12 @@ class Batch:
     __slots__ = (
         "_by_request",
         "_hand",
+        "_keep_cancelled",
         "_on_abandoned",
+        "_on_rescheduled",
         "_output_names",
         "_reshape",
+        "_take_states",
         "compute_infer_at",
         "compute_output_at",
         "decoupled",
@@ -127,15 +144,21 @@ class Batch:
         decoupled: bool = False,
         output_names: Sequence[str] = (),
         reshape: Reshape | None = None,
+        take_states: TakeStates | None = None,
+        keep_cancelled: bool = False,
         hand: Hand | None = None,
         on_released: Callable[[Member], None] = lambda member: None,
+        on_rescheduled: Callable[[Member], None] | None = None,
         on_abandoned: Callable[[Batch], None] = lambda batch: None,
     ) -> None:
         self.name = name
         self.decoupled = decoupled
         self._on_abandoned = on_abandoned
         self._output_names = output_names
+        self._on_rescheduled = on_rescheduled
         self._reshape = reshape
+        self._take_states = take_states
+        self._keep_cancelled = keep_cancelled
         self._hand = hand
         self.formed_at = trio.current_time()
         #: Set by the backend when inputs are on the device / results start to come back; for the statistics.
@@ -148,13 +171,16 @@ class Batch:
             member = Member(request, rows, on_released)
             rows = member.stop
             members.append(member)
+            if isinstance(request, NullRequest):
+                member.served = True
+                continue
             request.place = self
             request.bound_at = self.formed_at
             request.advance(Event.BIND)
         self.members = tuple(members)
         self.rows = rows
         self._by_request = dict(zip(requests, members, strict=True))
-        self.scope: BatchScope[InferenceRequest] = BatchScope(requests)
+        self.scope: BatchScope[InferenceRequest] = BatchScope(member.request for member in members if not member.served)
 
     def __repr__(self) -> str:
         return f"<Batch {self.name} {len(self.scope)}/{len(self.members)} live, {self.rows} rows>"
@@ -176,6 +202,9 @@ class Batch:
         if member is None or not member.live:
             return
         member.left_at = trio.current_time()
+        if self._keep_cancelled:
+            member.kept = True
+            return
         if member.scope is not None:
             member.scope.cancel(reason=reason.value)
         if self.scope.leave(request, reason):
@@ -214,6 +243,12 @@ class Batch:
                 member, InternalError(f"{request.label}model '{name}' is not decoupled: its response must be final")
             )
             return
+        if self._take_states is not None:
+            try:
+                outputs = self._take_states(request, outputs)
+            except TritonError as exc:
+                self.fail(member, exc)
+                return
         if wanted := request.requested_outputs:
             try:
                 outputs = {name: outputs[name] for name in wanted}
@@ -250,6 +285,25 @@ class Batch:
         """End a decoupled member's responses with an empty final one."""
         if member.live:
             self._deliver(member, {}, True, None)
+
+    def reschedule(self, member: Member) -> None:
+        """Let ``member`` go unfinished: its sequence is to be executed again, without START (``iterative_sequence``).
+
+        Other requests may come in between.  Silent for a member who has left.
+        """
+        if not member.live:
+            return
+        if self._on_rescheduled is None:
+            self.fail(
+                member,
+                InternalError(
+                    "Request is released with TRITONSERVER_REQUEST_RELEASE_RESCHEDULE, while the model is not "
+                    "configured to handle such a flag."
+                ),
+            )
+            return
+        self._serve(member)
+        self._on_rescheduled(member)
 
     def fail(self, member: Member, error: TritonError) -> None:
         """End one member with an error; its neighbours do not notice."""

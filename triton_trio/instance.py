@@ -19,6 +19,7 @@ import trio
 from .batch import Batch, Hand, Member, Reshape
 from .errors import InternalError, TritonError
 from .observe.cancel_log import log_cancelled
+from .scheduling import Seat
 from .scopes import Reason
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class ModelInstance:
     """Takes batches from the model's scheduler, one at a time.
 
     Args:
+      seat: of the model's scheduler.
       release_limit: seconds the device may take to let go of an execution that nobody wants any more.
       watchdogs: starts a watchdog where neither the model's nor a request's end can cancel it.
     """
@@ -66,11 +68,13 @@ class ModelInstance:
         placement: Placement,
         backend: BackendInstance,
         *,
+        seat: Seat,
         release_limit: float,
         watchdogs: trio.Nursery,
     ) -> None:
         self.model = model
         self.placement = placement
+        self.seat = seat
         self.state = InstanceState.IDLE
         self.batch: Batch | None = None
         self.executions = 0
@@ -96,7 +100,7 @@ class ModelInstance:
             name=self.name,
             state=self.state,
             executions=self.executions,
-            members=len(batch.members) if batch else 0,
+            members=sum(member.ready for member in batch.members) if batch else 0,
             live_members=len(batch.scope) if batch else 0,
             backend=self._backend.statistics(),
         )
@@ -109,21 +113,28 @@ class ModelInstance:
         """
         self.task = trio.lowlevel.current_task()
         while self.state is not InstanceState.QUARANTINED:
-            # In one expression: a local variable would keep the last batch's tensors alive until the next batch.
-            await self._execute(await self.model.scheduler.next_batch())
+            try:
+                # In one expression: a local variable would keep the last batch's tensors alive until the next batch.
+                await self._execute(await self.model.scheduler.next_batch(self.seat))
+            finally:
+                self.seat.give_back()
             if self.executions % TURN == 0:
                 # A backend that never waits could serve a whole queue before anybody else runs, readers included.
                 await trio.lowlevel.checkpoint()
 
     async def _execute(self, requests: Sequence[InferenceRequest]) -> None:
+        scheduler = self.model.scheduler
         batch = self.batch = Batch(
             requests,
             name=self.name,
             decoupled=self.model.config.decoupled,
             output_names=self._output_names,
             reshape=self._reshape,
+            take_states=scheduler.take_states if scheduler.has_states else None,
+            keep_cancelled=scheduler.keeps_cancelled,
             hand=self._hand,
-            on_released=_on_released,
+            on_released=self._on_released,
+            on_rescheduled=self._on_rescheduled if scheduler.reschedules else None,
             on_abandoned=self.watch_release,
         )
         self.state = InstanceState.EXECUTING
@@ -179,6 +190,15 @@ class ModelInstance:
                 trio.current_time() - last,
             )
 
+    def _on_released(self, member: Member) -> None:
+        if member.left_at is not None:
+            log_cancelled(member.request, member)
+        if member.ready:
+            self.model.scheduler.released(member.request)
+
+    def _on_rescheduled(self, member: Member) -> None:
+        self.model.scheduler.rescheduled(member.request)
+
     # The watchdog
 
     def watch_release(self, batch: Batch) -> None:
@@ -217,8 +237,3 @@ def _reshape_outputs(config: ModelConfig) -> Reshape:
         }
 
     return reshape
-
-
-def _on_released(member: Member) -> None:
-    if member.left_at is not None:
-        log_cancelled(member.request, member)

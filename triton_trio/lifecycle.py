@@ -38,6 +38,7 @@ class Event(StrEnum):
 
     ENQUEUE = "enqueue"
     BIND = "bind"  #: a batch was formed and an instance is in hand
+    RESCHEDULE = "reschedule"  #: the model wants to see it again (iterative sequences)
     RESPOND = "respond"  #: a response was sent
     COMPLETE = "complete"  #: the final response was handed over
     FAIL = "fail"
@@ -55,8 +56,13 @@ _ALWAYS: dict[Event, Stage | Outcome] = {
 TRANSITIONS: dict[Stage, dict[Event, Stage | Outcome]] = {
     Stage.RECEIVED: {Event.ENQUEUE: Stage.QUEUED, Event.REJECT: Outcome.REJECTED, **_ALWAYS},
     Stage.QUEUED: {Event.BIND: Stage.EXECUTING, Event.REJECT: Outcome.REJECTED, **_ALWAYS},
-    Stage.EXECUTING: {Event.RESPOND: Stage.RESPONDING, **_ALWAYS},
-    Stage.RESPONDING: {Event.RESPOND: Stage.RESPONDING, Event.COMPLETE: Outcome.OK, **_ALWAYS},
+    Stage.EXECUTING: {Event.RESPOND: Stage.RESPONDING, Event.RESCHEDULE: Stage.QUEUED, **_ALWAYS},
+    Stage.RESPONDING: {
+        Event.RESPOND: Stage.RESPONDING,
+        Event.RESCHEDULE: Stage.QUEUED,
+        Event.COMPLETE: Outcome.OK,
+        **_ALWAYS,
+    },
 }
 
 

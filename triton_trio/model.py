@@ -20,12 +20,13 @@ from .lifecycle import Event, Outcome
 from .observe.cancel_log import log_cancelled
 from .observe.statistics import ModelCounters
 from .request import InferenceRequest, InferenceResponse, ParameterValue, Place
-from .scheduling import SchedulerStatistics, make_scheduler
+from .scheduling import SchedulerStatistics, Seat, make_scheduler
 from .scopes import Reason
 from .validation import RequestValidator
 
 if TYPE_CHECKING:
     from .backends import Backend, ModelContext
+    from .config import ModelConfig
     from .request import Array
 
 LOGGER = logging.getLogger("triton_trio.model")
@@ -72,11 +73,13 @@ class Responses:
 class Model:
     """One version of a model while it is loaded.
 
-    Get it from :meth:`InferenceServer.model`.  ``release_limit``: see :class:`ModelInstance`.
+    Get it from :meth:`InferenceServer.model`.  ``config`` is what clients see; ``context.config``, what the backend
+    sees, also has the tensors that the scheduler adds.  ``release_limit``: see :class:`ModelInstance`.
     """
 
     def __init__(
         self,
+        config: ModelConfig,
         context: ModelContext,
         *,
         release_limit: float,
@@ -85,13 +88,13 @@ class Model:
     ) -> None:
         self.context = context
         self._files = files or nullcontext()
-        self.config = context.config
+        self.config = config
         self.version = context.version
         self.state = ModelState.LOADING
-        self.scheduler = make_scheduler(context.config)
+        self.scheduler = make_scheduler(config)
         self.instances: list[ModelInstance] = []
         self.counters = ModelCounters()
-        self._validator = RequestValidator(context.config)
+        self._validator = RequestValidator(config)
         self._release_limit = release_limit
         self._watchdogs = watchdogs
         self._scope = trio.CancelScope()
@@ -125,7 +128,7 @@ class Model:
         """For the live tree: where requests wait, and what executes."""
         if self._task is None:
             return
-        if queued := len(self.scheduler.queue):
+        if queued := len(self.scheduler):
             yield self._task, f"queue: {queued} waiting"
         for request in self._live:
             who = f"request #{request.generation}" + (f" '{request.request_id}'" if request.request_id else "")
@@ -146,6 +149,9 @@ class Model:
         priority: int = 0,
         timeout_us: int = 0,
         parameters: Mapping[str, ParameterValue] | None = None,
+        sequence_id: int | str = 0,
+        sequence_start: bool = False,
+        sequence_end: bool = False,
     ) -> InferenceRequest:
         """Make a request of numpy arrays, for :meth:`infer` or :meth:`open_responses`; see :class:`InferenceRequest`."""
         return InferenceRequest(
@@ -155,6 +161,9 @@ class Model:
             priority=priority,
             timeout_us=timeout_us,
             parameters=parameters,
+            sequence_id=sequence_id,
+            sequence_start=sequence_start,
+            sequence_end=sequence_end,
         )
 
     async def infer(self, request: InferenceRequest | Mapping[str, Array]) -> InferenceResponse:
@@ -179,8 +188,8 @@ class Model:
         if self.config.decoupled:
             raise Unsupported(f"model '{self.name}' is decoupled: infer() returns one response; use open_responses()")
         with self._admitted(request):
-            self._enqueue(request)
-            return await request.receive()
+            self._check(request)
+            return await self._serve(request)
 
     @asynccontextmanager
     async def open_responses(self, request: InferenceRequest | Mapping[str, Array]) -> AsyncIterator[Responses]:
@@ -199,6 +208,7 @@ class Model:
         if not isinstance(request, InferenceRequest):
             request = self.request(request)
         with self._admitted(request):
+            self._check(request)
             self._enqueue(request)
             yield Responses(request)
 
@@ -208,11 +218,18 @@ class Model:
         self._live[request] = None
         return request
 
-    def _enqueue(self, request: InferenceRequest) -> None:
+    def _check(self, request: InferenceRequest) -> None:
         request.batch_size, request.signature = self._validator.check(request)
+        if not self.ready:
+            request.settle(Event.REJECT)
+            raise Unavailable(f"{request.label}{self._why_unavailable()}")
+
+    async def _serve(self, request: InferenceRequest) -> InferenceResponse:
+        self._enqueue(request)
+        return await request.receive()
+
+    def _enqueue(self, request: InferenceRequest) -> None:
         try:
-            if not self.ready:
-                raise Unavailable(f"{request.label}{self._why_unavailable()}")
             self.scheduler.enqueue(request)
         except Unavailable:
             request.settle(Event.REJECT)
@@ -226,8 +243,7 @@ class Model:
     def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
         del self._live[request]
         self.counters.count_settled(request)
-        if self.scheduler.order is not None:
-            self.scheduler.order.forget(request)
+        self.scheduler.settled(request)
         if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) and not isinstance(place, Batch):
             log_cancelled(request)  # otherwise the batch logs it, when the device has let go
         if self._drained is not None and not self._live:
@@ -254,6 +270,7 @@ class Model:
                                 self,
                                 placement,
                                 instance,
+                                seat=Seat(len(self.instances)),
                                 release_limit=self._release_limit,
                                 watchdogs=self._watchdogs,
                             )
@@ -262,10 +279,7 @@ class Model:
                         for model_instance in self.instances:
                             # Owner: this nursery.  Ended by the model's scope (unload) or a quarantine.
                             nursery.start_soon(model_instance.run, name=f"instance {model_instance.name}")
-                        # Owner: this nursery; ended by the model's scope.
-                        nursery.start_soon(
-                            self.scheduler.run_timeouts, name=f"queue timeouts of {self.name}:{self.version}"
-                        )
+                        self.scheduler.start(nursery, f"{self.name}:{self.version}")
                         self.state = ModelState.READY
                         task_status.started(self)
                         try:
@@ -324,9 +338,7 @@ class Model:
         """If it was the last one, nobody will ever serve what is queued: say so now."""
         LOGGER.error("model %s: instance %s is quarantined", self.name, instance.name)
         if not self.ready:
-            for request in tuple(self.scheduler.queue):
-                self.scheduler.queue.remove(request)
-                request.place = None
+            for request in tuple(self.scheduler.queued()):
                 request.fail_nowait(Unavailable(f"{request.label}{self._why_unavailable()}"), Event.REJECT)
 
     def _cancel_live(self) -> None:

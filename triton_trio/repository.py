@@ -300,7 +300,7 @@ class ModelRepository:
         try:
             for version in versions:
                 context = ModelContext(config, version, directory, directory / str(version))
-                model = Model(context, files=sent, release_limit=self._release_limit, watchdogs=self._watchdogs)
+                model = Model(config, context, files=sent, release_limit=self._release_limit, watchdogs=self._watchdogs)
                 # Until it is started, the model's task belongs to this load and is cancelled with it.
                 await self._nursery.start(model.run, backend, name=f"model {name}:{version}")
                 loaded.append(model)

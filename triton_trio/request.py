@@ -87,6 +87,8 @@ class InferenceRequest:
       timeout_us: the queue timeout asked for, in microseconds; 0 means the model's default.  It bounds the wait in
         the queue only; a deadline for the whole request is a deadline on the scope around the call.
       parameters: passed to the model as they are.
+      sequence_id: the correlation ID, for a model with a sequence batcher; 0 and "" mean none.
+      sequence_start, sequence_end: whether this is the sequence's first request, its last.
       scope: the caller's scope, if it surrounds this one request and nothing else (that of a unary RPC does); by default
         the request opens one of its own.  Whoever owns the scope sees its cancel through.
 
@@ -120,6 +122,9 @@ class InferenceRequest:
         "request_id",
         "requested_outputs",
         "scope",
+        "sequence_end",
+        "sequence_id",
+        "sequence_start",
         "signature",
         "stage",
         "timeout_us",
@@ -134,6 +139,9 @@ class InferenceRequest:
         priority: int = 0,
         timeout_us: int = 0,
         parameters: Mapping[str, ParameterValue] | None = None,
+        sequence_id: int | str = 0,
+        sequence_start: bool = False,
+        sequence_end: bool = False,
         scope: trio.CancelScope | None = None,
     ) -> None:
         self.inputs = inputs
@@ -142,6 +150,9 @@ class InferenceRequest:
         self.priority = priority
         self.timeout_us = timeout_us
         self.parameters = parameters if parameters is not None else {}
+        self.sequence_id = sequence_id
+        self.sequence_start = sequence_start
+        self.sequence_end = sequence_end
         self.generation = next(_generations)
         self.model_name = ""
         self.model_version = 0
@@ -368,7 +379,25 @@ class InferenceRequest:
         if reason in (Reason.MODEL_UNLOADING, Reason.SERVER_DRAIN):
             what = "the model is being unloaded" if reason is Reason.MODEL_UNLOADING else "the server is shutting down"
             return Unavailable(f"{self.label}request cancelled while {self.stage.value}: {what}")
+        if reason is Reason.SEQUENCE_CANCELLED:
+            what = f"sequence {self.sequence_id} of model '{self.model_name}' was cancelled"
+            return RequestCancelled(f"{self.label}request cancelled while {self.stage.value}: {what}", reason.value)
         return RequestCancelled(f"{self.label}request cancelled while {self.stage.value}: {reason.value}", reason.value)
+
+
+class NullRequest(InferenceRequest):
+    """A row of a batch that no request fills (Triton's direct strategy): a sequence's slot with nothing to execute.
+
+    It is settled from the start, so nothing can be sent to it and nothing can cancel it.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, inputs: Mapping[str, Array], signature: object = None) -> None:
+        super().__init__(inputs)
+        self.signature = signature
+        self.stage = Stage.EXECUTING
+        self.outcome = Outcome.OK
 
 
 def _reason(raise_cancel: Callable[[], NoReturn]) -> Reason:

@@ -31,10 +31,10 @@ async def leaving_a_queue(model: triton_trio.Model) -> None:
     async with trio.open_nursery() as nursery:
         await start_all(nursery, model, requests)
         await trio.sleep(0.5)
-        say(f"   waiting: {[r.request_id for r in model.scheduler.queue]}")
+        say(f"   waiting: {[r.request_id for r in model.scheduler.queued()]}")
         requests[2].cancel()
         # No await since the cancel: not a single task has run, and the place is free.
-        say(f"   waiting: {[r.request_id for r in model.scheduler.queue]}, r2 is {requests[2].outcome}")
+        say(f"   waiting: {[r.request_id for r in model.scheduler.queued()]}, r2 is {requests[2].outcome}")
     for request in requests:
         say(f"   {request.request_id}: {request.outcome}, after {request.ended_at - request.received_at:.2f} s")
     say("   r3 began when r1 ended: the cancelled r2 cost nobody anything.")

@@ -75,7 +75,7 @@ async def test_A6_B3_a_request_and_its_neighbours(tmp_path: Path, name: str) -> 
                         await model.infer(request)
                     clients.start_soon(neighbour, 7.0)
                     await wait_all_tasks_blocked()
-                    if name == "delayed" and len(model.scheduler.queue) % 2:
+                    if name == "delayed" and len(model.scheduler) % 2:
                         clients.start_soon(neighbour, 8.0)  # an odd one would wait for company for an hour
                 drivers.cancel_scope.cancel()
             for value, output in outputs.items():

@@ -150,17 +150,17 @@ async def test_A1_A3_while_queued_with_the_instance_busy(
         busy = await holder.start(INFER, infer(LONG, request_id="busy"))
         await world.dispatched_and_quiet(2)
         waiting = await client.start(INFER, infer(1, request_id="waiting"), extra=TIMEOUT)
-        assert len(world.model.scheduler.queue) == 1
+        assert len(world.model.scheduler) == 1
         await leave(client, waiting, mock_clock)
         await wait_all_tasks_blocked(0.01)
         # The device has not moved: nothing but the client's bytes has done this.
-        assert len(world.model.scheduler.queue) == 0
+        assert len(world.model.scheduler) == 0
         assert world.model.counters.outcomes == {outcome: 1}
         assert world.model.counters.reasons == {(reason, "queued"): 1}
         assert [line.request_id for line in cancel_lines(caplog)] == ["waiting"]  # type: ignore[attr-defined]
         # Its place is free: the next one is taken in.
         following = await holder.start(INFER, infer(1, request_id="following"))
-        assert len(world.model.scheduler.queue) == 1
+        assert len(world.model.scheduler) == 1
         await holder.reset(busy)
         world.gate.open()
         await until(lambda: status(holder, following) is not None)
@@ -174,7 +174,7 @@ async def test_A1_A5_in_the_batching_window(
     async with open_full(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG + WINDOW) as world:
         client = await world.connect()
         stream_id = await client.start(INFER, infer(1), extra=TIMEOUT)
-        assert len(world.model.scheduler.queue) == 1  # the instance is idle, and waits for company
+        assert len(world.model.scheduler) == 1  # the instance is idle, and waits for company
         await leave(client, stream_id, mock_clock)
         await wait_all_tasks_blocked(0.01)
         assert world.model.counters.reasons == {(reason, "queued"): 1}

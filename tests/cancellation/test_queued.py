@@ -21,7 +21,7 @@ TIMED = scripted_config(max_batch_size=1, batching="default_queue_policy { defau
 
 
 def waiting(call: Call) -> str:
-    return "".join(request.request_id for request in call.model.scheduler.queue)
+    return "".join(request.request_id for request in call.model.scheduler.queued())
 
 
 @pytest.mark.parametrize("how", ["leaves its scope", "is cancelled"])
@@ -140,7 +140,7 @@ async def test_E2_ten_thousand_leave_with_one_scope(serve: Serve) -> None:
                     nursery.start_soon(model.infer, inputs, name="client")
                 await wait_all_tasks_blocked()
                 scope.cancel(reason="connection_lost")
-                assert len(model.scheduler.queue) == 0
+                assert len(model.scheduler) == 0
                 assert model.statistics().in_flight == 0
         assert model.counters.reasons == {("connection_lost", "queued"): 9_999, ("connection_lost", "executing"): 1}
         await wait_all_tasks_blocked()

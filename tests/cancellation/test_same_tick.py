@@ -55,7 +55,7 @@ def quarantine(server: InferenceServer, model: Model, call: Call) -> None:
 
 
 def queue_timeout(server: InferenceServer, model: Model, call: Call) -> None:
-    if call.request in model.scheduler.queue:
+    if call.request in model.scheduler.queued():
         call.request.queue_deadline = trio.current_time()
         for generation, request in tuple(model.scheduler.queue._timed.items()):
             if request is call.request:

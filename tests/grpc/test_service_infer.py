@@ -83,10 +83,8 @@ def test_parameters_are_passed_on_and_those_of_the_protocol_are_understood() -> 
     request, _ = decode_request(message)
     assert (request.priority, request.timeout_us) == (2, 500)
     assert wants_empty_final(message)
+    assert (request.sequence_id, request.sequence_start, request.sequence_end) == ("s", True, False)
     assert request.parameters == {
-        "sequence_id": "s",
-        "sequence_start": True,
-        "sequence_end": False,
         "flag": False,
         "count": 0,
         "text": "",

@@ -117,7 +117,7 @@ class World:
         if request.outcome is None:
             # Its caller has not begun to wait, or has its response in hand: the next tick decides.
             return
-        assert request not in self.model.scheduler.queue
+        assert request not in self.model.scheduler.queued()
         assert request.place is None
         for instance in self.model.instances:
             assert instance.batch is None or request not in instance.batch.scope

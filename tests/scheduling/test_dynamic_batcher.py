@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from tests.scheduling.requests import labels, make
 from triton_trio.request import InferenceRequest
-from triton_trio.scheduling import DefaultScheduler, DynamicBatcher, QueuePolicy, RequestQueue, TimeoutAction
+from triton_trio.scheduling import DefaultScheduler, DynamicBatcher, QueuePolicy, RequestQueue, Seat, TimeoutAction
 
 INF = float("inf")
 
@@ -64,7 +64,7 @@ def batcher(waiting: str, **options: Any) -> DynamicBatcher:
 def test_form_batch(queue: str, options: dict[str, Any], now: float, formed: str, again_at: float) -> None:
     scheduler = batcher(queue, **options)
     before = labels(scheduler.queue)
-    taken, again = scheduler.form_batch(now)
+    taken, again = scheduler.form_batch(now, Seat())
     assert (labels(taken), again) == (formed, again_at)
     assert labels(scheduler.queue) == before[len(formed) :]
 
@@ -73,8 +73,8 @@ def test_who_left_is_not_company_and_does_not_count_as_oldest() -> None:
     scheduler = batcher("a@0 b@3 c@4", max_queue_delay=5)
     first = next(iter(scheduler.queue))
     scheduler.queue.remove(first)
-    assert scheduler.form_batch(5) == ((), 8)
-    taken, _ = scheduler.form_batch(8)
+    assert scheduler.form_batch(5, Seat()) == ((), 8)
+    taken, _ = scheduler.form_batch(8, Seat())
     assert labels(taken) == "bc"
 
 
@@ -83,8 +83,8 @@ def test_priorities_go_first_and_share_a_batch() -> None:
     for label, priority in (("a", 2), ("b", 1), ("c", 2), ("d", 1), ("e", 2)):
         queue.append(make(label, priority=priority), 0)
     scheduler = DynamicBatcher(queue, max_batch_size=3)
-    assert labels(scheduler.form_batch(0)[0]) == "bda"
-    assert labels(scheduler.form_batch(0)[0]) == "ce"
+    assert labels(scheduler.form_batch(0, Seat())[0]) == "bda"
+    assert labels(scheduler.form_batch(0, Seat())[0]) == "ce"
 
 
 def test_a_delayed_request_is_served_last_and_not_for_ever_last() -> None:
@@ -94,14 +94,14 @@ def test_a_delayed_request_is_served_last_and_not_for_ever_last() -> None:
     scheduler = DynamicBatcher(queue, max_batch_size=1)
     queue.expire(1)
     queue.append(make("c"), 1)
-    assert [labels(scheduler.form_batch(1)[0]) for _ in range(3)] == ["c", "a", "b"]
+    assert [labels(scheduler.form_batch(1, Seat())[0]) for _ in range(3)] == ["c", "a", "b"]
 
 
 def test_the_default_scheduler_takes_one_at_a_time() -> None:
     scheduler = DefaultScheduler()
     for label in "abc":
         scheduler.queue.append(make(label), 0)
-    assert [labels(scheduler.form_batch(0)[0]) for _ in range(4)] == ["a", "b", "c", ""]
+    assert [labels(scheduler.form_batch(0, Seat())[0]) for _ in range(4)] == ["a", "b", "c", ""]
 
 
 class Counting(RequestQueue):
@@ -120,7 +120,7 @@ def test_the_cost_of_a_batch_does_not_grow_with_the_queue(waiting: int) -> None:
     queue = Counting()
     for _ in range(waiting):
         queue.append(make(), 0)
-    DynamicBatcher(queue, max_batch_size=4).form_batch(0)
+    DynamicBatcher(queue, max_batch_size=4).form_batch(0, Seat())
     assert queue.looked_at <= 5
 
 
@@ -141,7 +141,7 @@ def test_every_batch_fits_and_nobody_is_lost(
         scheduler.queue.append(waiting[-1], at)
     now = 5.0
     while waiting:
-        taken, again_at = scheduler.form_batch(now)
+        taken, again_at = scheduler.form_batch(now, Seat())
         if not taken:
             assert now < again_at <= max(request.enqueued_at for request in waiting) + delay
             now = again_at
@@ -150,4 +150,4 @@ def test_every_batch_fits_and_nobody_is_lost(
         assert sum(request.batch_size for request in taken) <= 4
         assert len({request.signature for request in taken}) == 1
         del waiting[: len(taken)]
-    assert scheduler.form_batch(now) == ((), INF)
+    assert scheduler.form_batch(now, Seat()) == ((), INF)

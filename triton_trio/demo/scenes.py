@@ -55,7 +55,7 @@ async def cancelled_while_queued(stage: Stage) -> None:
     cancelled = monotonic_ns()
     waiting.cancel()
     await stage.cancels.released("waiting")
-    in_queue, batch = len(stage.inpaint.scheduler.queue), stage.inpaint.instances[0].batch
+    in_queue, batch = len(stage.inpaint.scheduler), stage.inpaint.instances[0].batch
     await stage.gone("waiting")
     await stage.show_tree("just after")
     stage.claim_cancelled("a cancel while queued", ("waiting", cancelled), reasons=["client_reset"])

@@ -127,7 +127,7 @@ class Stage:
                 await trio.sleep(0.002)
 
     async def queued(self, count: int) -> None:
-        await self.until(f"{count} requests wait", lambda: len(self.inpaint.scheduler.queue) == count)
+        await self.until(f"{count} requests wait", lambda: len(self.inpaint.scheduler) == count)
 
     async def gone(self, request_id: str) -> None:
         """Wait until no task and no place in the tree has the request."""

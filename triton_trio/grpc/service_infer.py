@@ -150,12 +150,20 @@ def decode_request(
       NotFound: a tensor in shared memory; this server has no shared-memory regions.
     """
     priority = timeout = 0
+    sequence_id: int | str = 0
+    sequence_start = sequence_end = False
     parameters: dict[str, ParameterValue] | None = None
     if message.parameters:
         parameters = {name: _parameter(name, value) for name, value in message.parameters.items()}
         priority = int(parameters.pop("priority", 0))
         timeout = int(parameters.pop("timeout", 0))
         parameters.pop(EMPTY_FINAL, None)
+        if "sequence_id" in parameters:
+            correlation_id = parameters.pop("sequence_id")
+            assert isinstance(correlation_id, int | str)
+            sequence_id = correlation_id
+            sequence_start = bool(parameters.pop("sequence_start", False))
+            sequence_end = bool(parameters.pop("sequence_end", False))
         if priority < 0:
             raise InvalidArgument("invalid value for 'priority', expected value >= 0.")
 
@@ -203,6 +211,9 @@ def decode_request(
         priority=priority,
         timeout_us=max(timeout, 0),
         parameters=parameters,
+        sequence_id=sequence_id,
+        sequence_start=sequence_start,
+        sequence_end=sequence_end,
         scope=scope,
     )
     return request, classes

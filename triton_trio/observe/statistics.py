@@ -8,10 +8,20 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from ..batch import Batch
-from ..lifecycle import Outcome
+from ..lifecycle import Outcome, Stage
 from ..request import InferenceRequest
+
+
+class FailureReason(StrEnum):
+    """Triton's labels of ``nv_inference_request_failure``, spelled as on the wire."""
+
+    REJECTED = "REJECTED"  #: a queue policy turned the request away
+    CANCELED = "CANCELED"  #: cancelled, or its deadline passed; :attr:`ModelCounters.reasons` says by whom
+    BACKEND = "BACKEND"  #: the model failed
+    OTHER = "OTHER"  #: bad input, no such sequence, not ready
 
 
 @dataclass(slots=True)
@@ -44,6 +54,7 @@ class ModelCounters:
     started: int = 0
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  #: cancelled, by (reason, stage)
+    failures: Counter[FailureReason] = field(default_factory=Counter)
     inference_count: int = 0  #: rows of successful requests
     execution_count: int = 0  #: executions that began
     last_inference: float = 0.0  #: seconds since the epoch
@@ -70,6 +81,7 @@ class ModelCounters:
             self.inference_count += request.batch_size
         else:
             self.fail.add(took)
+            self.failures[_failure_reason(request)] += 1
             if request.reason is not None:
                 self.reasons[request.reason.value, request.stage.value] += 1
 
@@ -88,8 +100,16 @@ class ModelCounters:
         per_size.compute_output.add(durations[2])
         for member in batch.members:
             self.device_seconds_after_cancel += member.seconds_after_cancel
-            if member.served:
+            if member.served and member.ready:
                 self.queue.add(batch.formed_at - member.request.enqueued_at)
                 self.compute_input.add(durations[0])
                 self.compute_infer.add(durations[1])
                 self.compute_output.add(durations[2])
+
+
+def _failure_reason(request: InferenceRequest) -> FailureReason:
+    if request.outcome is Outcome.REJECTED:
+        return FailureReason.REJECTED
+    if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE):
+        return FailureReason.CANCELED
+    return FailureReason.BACKEND if request.stage in (Stage.EXECUTING, Stage.RESPONDING) else FailureReason.OTHER

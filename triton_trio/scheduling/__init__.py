@@ -10,8 +10,11 @@ from .queue import QueuePolicy as QueuePolicy
 from .queue import QueueStatistics as QueueStatistics
 from .queue import RequestQueue as RequestQueue
 from .queue import TimeoutAction as TimeoutAction
+from .queue_scheduler import QueueScheduler as QueueScheduler
+from .scheduler import Permit as Permit
 from .scheduler import Scheduler as Scheduler
 from .scheduler import SchedulerStatistics as SchedulerStatistics
+from .scheduler import Seat as Seat
 
 if TYPE_CHECKING:
     from .. import config

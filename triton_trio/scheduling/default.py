@@ -10,14 +10,15 @@ from collections.abc import Sequence
 
 from ..request import InferenceRequest
 from .queue import INF, RequestQueue
-from .scheduler import Scheduler
+from .queue_scheduler import QueueScheduler
+from .scheduler import Seat
 
 
-class DefaultScheduler(Scheduler):
+class DefaultScheduler(QueueScheduler):
     def __init__(self) -> None:
         super().__init__(RequestQueue())
 
-    def form_batch(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
+    def form_batch(self, now: float, seat: Seat) -> tuple[Sequence[InferenceRequest], float]:
         for request in self.queue:
             self.queue.remove(request)
             return (request,), INF

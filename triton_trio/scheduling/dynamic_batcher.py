@@ -11,10 +11,11 @@ from collections.abc import Sequence
 from ..request import InferenceRequest
 from .ordering import ResponseOrder
 from .queue import INF, RequestQueue
-from .scheduler import Scheduler
+from .queue_scheduler import QueueScheduler
+from .scheduler import Seat
 
 
-class DynamicBatcher(Scheduler):
+class DynamicBatcher(QueueScheduler):
     """Triton's ``dynamic_batching``.
 
     Args:
@@ -41,7 +42,7 @@ class DynamicBatcher(Scheduler):
         if preserve_ordering:
             self.order = ResponseOrder()
 
-    def form_batch(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
+    def form_batch(self, now: float, seat: Seat) -> tuple[Sequence[InferenceRequest], float]:
         # Take requests in order while they fit and have the same shape.  Then, in this order:
         # 1. a preferred size was met on the way: send up to the largest one met;
         # 2. the next request does not fit (size or shape), or no preferred size is left to wait for: send all taken;

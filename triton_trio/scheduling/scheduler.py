@@ -1,26 +1,60 @@
 """What every scheduler is: a place where requests wait until an instance is in hand.
 
-*Late binding*: requests stay queued, each in its own scope, until the instance asks; then one synchronous function
-(:meth:`Scheduler.form_batch`) makes the batch from what is alive at that moment.  Nothing is prefetched, so there is no
-gap between scheduler and device in which a cancel could go unseen.
+*Late binding*: requests stay queued, each in its own scope, until the instance *and* its rate-limiter resources are in
+hand; then one synchronous function (:meth:`Scheduler.form_batch`) makes the batch from what is alive at that moment.
+Nothing is prefetched, so there is no gap between scheduler and device in which a cancel could go unseen.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
 import outcome
 import trio
 
-from ..errors import Unavailable
-from ..lifecycle import Event
-from ..request import InferenceRequest
-from ..scopes import Reason
 from .ordering import ResponseOrder
-from .queue import INF, QueueStatistics, RequestQueue
+
+if TYPE_CHECKING:
+    from ..request import Array, InferenceRequest
+    from ..scopes import Reason
+    from .queue import QueueStatistics
+
+INF = float("inf")
+
+
+class Permit(Protocol):
+    """The resources that an instance must hold to execute; see :mod:`triton_trio.scheduling.rate_limiter`."""
+
+    @property
+    def held(self) -> bool: ...
+
+    def try_acquire(self) -> bool:
+        """Take the resources now, if they are free and it is this instance's turn."""
+
+    async def wait(self) -> None:
+        """Wait until :meth:`try_acquire` is worth a try.
+
+        **Cancellation:** the instance waits no more, and holds nothing.
+        """
+
+    def release(self) -> None:
+        """Give the resources back; raises if they are not held."""
+
+
+@dataclass(eq=False, slots=True)
+class Seat:
+    """A model instance as its scheduler sees it."""
+
+    index: int = 0  #: among the model's instances
+    permit: Permit | None = None  #: None: no rate limiter
+
+    def give_back(self) -> None:
+        """The instance executes no more, for now."""
+        if self.permit is not None and self.permit.held:
+            self.permit.release()
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,106 +66,115 @@ class SchedulerStatistics:
 class Scheduler(ABC):
     """Requests in, batches out.
 
-    :meth:`enqueue`, :meth:`leave` and :meth:`form_batch` are synchronous: in Trio each is atomic, and each can be
-    tested without an event loop.  Only :meth:`next_batch` and :meth:`run_timeouts` wait.
+    :meth:`enqueue`, :meth:`leave`, :meth:`form_batch`, :meth:`settled` and :meth:`released` are synchronous: in Trio each
+    is atomic, and each can be tested without an event loop.  Only :meth:`next_batch` waits.
     """
 
-    def __init__(self, queue: RequestQueue) -> None:
-        self.queue = queue
+    def __init__(self) -> None:
         #: Set where answers must leave in the order of arrival.
         self.order: ResponseOrder | None = None
-        self._idle: OrderedDict[trio.lowlevel.Task, None] = OrderedDict()
-        self._timer: trio.CancelScope | None = None
-        self._timer_needed: trio.Event | None = None
+        self._idle: dict[int, trio.lowlevel.Task] = {}  # by seat, in the order in which they became idle
 
-    def statistics(self) -> SchedulerStatistics:
-        return SchedulerStatistics(queue=self.queue.statistics(), idle_instances=len(self._idle))
+    @property
+    def idle_instances(self) -> int:
+        return len(self._idle)
+
+    @abstractmethod
+    def statistics(self) -> SchedulerStatistics: ...
+
+    @abstractmethod
+    def queued(self) -> Iterator[InferenceRequest]:
+        """Every request that waits here."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """How many wait.  O(1)."""
+
+    def start(self, nursery: trio.Nursery, name: str) -> None:
+        """The model is ready: start the tasks that the scheduler needs, in the model's own nursery.  Sync."""
+        return
 
     # Decide
 
     @abstractmethod
-    def form_batch(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
-        """The requests to execute now (removed from the queue), or none and the time at which to ask again.
+    def form_batch(self, now: float, seat: Seat) -> tuple[Sequence[InferenceRequest], float]:
+        """The requests that ``seat`` is to execute now (they wait no more), or none and the time at which to ask again.
 
-        ``inf`` as that time means: not before the queue changes.
+        ``inf`` as that time means: not before something changes here.
         """
 
+    @abstractmethod
     def enqueue(self, request: InferenceRequest) -> None:
-        """Queue a request; raises :exc:`Unavailable` if its queue is full."""
-        now = trio.current_time()
-        self.queue.append(request, now)
-        request.enqueued_at = now
-        request.place = self
-        request.advance(Event.ENQUEUE)
-        if self.order is not None:
-            self.order.expect(request)
-        if request.queue_deadline < INF:
-            self._reset_timer(request.queue_deadline)
-        if self._idle:
-            self._wake()
+        """Take a request that fits the model; raises :exc:`TritonError` if it may not wait here."""
 
+    @abstractmethod
     def leave(self, request: InferenceRequest, reason: Reason) -> None:
-        """A queued request was cancelled: its place is free when this returns, whether or not an instance is."""
-        self.queue.remove(request)
+        """A waiting request was settled: its place is free when this returns, whether or not an instance is."""
+
+    def settled(self, request: InferenceRequest) -> None:
+        """A request of this scheduler has its outcome, wherever it was; called once, after :meth:`leave`."""
+        if self.order is not None:
+            self.order.forget(request)
+
+    def released(self, request: InferenceRequest) -> None:
+        """The device holds nothing more for a request that was executed."""
+        return
+
+    def rescheduled(self, request: InferenceRequest) -> None:
+        """The model wants to execute the request again; only where :attr:`reschedules`."""
+        raise NotImplementedError
+
+    #: Whether the model may let a request go unfinished.
+    reschedules = False
+    #: Whether the row of a cancelled request is computed to the end.
+    keeps_cancelled = False
+    #: Whether answers have tensors that are kept for the next request, by :meth:`take_states`.
+    has_states = False
+
+    def take_states(self, request: InferenceRequest, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
+        raise NotImplementedError
 
     # Wait
 
-    async def next_batch(self) -> Sequence[InferenceRequest]:
-        """Wait for requests to execute; called by an instance that is ready to take them.
+    async def next_batch(self, seat: Seat) -> Sequence[InferenceRequest]:
+        """Wait for requests to execute; called by an instance that is ready to take them.  Its permit is held then.
 
-        **Cancellation:** the instance stops waiting; the queue is untouched.
+        **Cancellation:** the instance stops waiting and holds nothing; the queue is untouched.
         """
+        permit = seat.permit
         await trio.lowlevel.checkpoint_if_cancelled()
         while True:
-            requests, again_at = self.form_batch(trio.current_time())
+            if permit is not None and not permit.try_acquire():
+                await permit.wait()
+                continue
+            # From the resources to the batch without a checkpoint: a request is never cancelled in between.
+            requests, again_at = self.form_batch(trio.current_time(), seat)
             if requests:
                 return requests
+            if permit is not None:
+                permit.release()
             if again_at == INF:
-                await self._park()
+                await self._park(seat)
             else:
                 with trio.move_on_at(again_at):
-                    await self._park()
+                    await self._park(seat)
 
-    async def _park(self) -> None:
-        task = trio.lowlevel.current_task()
-        self._idle[task] = None
+    async def _park(self, seat: Seat) -> None:
+        self._idle[seat.index] = trio.lowlevel.current_task()
 
         def abort(_: object) -> trio.lowlevel.Abort:
-            del self._idle[task]
+            del self._idle[seat.index]
             return trio.lowlevel.Abort.SUCCEEDED
 
         await trio.lowlevel.wait_task_rescheduled(abort)
 
-    def _wake(self) -> None:
-        # The instance that has waited longest; it looks at the queue itself, so a wake-up too many does no harm.
-        task, _ = self._idle.popitem(last=False)
-        trio.lowlevel.reschedule(task, outcome.Value(None))
+    def _wake(self, index: int | None = None) -> None:
+        """Let an idle instance look again: that of the seat ``index``, or the one that has waited longest.
 
-    async def run_timeouts(self) -> None:
-        """Apply queue timeouts when they are due, whether or not an instance is free.  Runs in the model's nursery.
-
-        **Cancellation:** ends at once; requests stay queued.
+        It looks for itself, so a wake-up too many does no harm.
         """
-        while True:
-            deadline = self.queue.next_deadline()
-            if deadline == INF:
-                self._timer_needed = trio.Event()
-                await self._timer_needed.wait()
-                continue
-            with trio.CancelScope(deadline=deadline) as self._timer:
-                await trio.sleep_forever()
-            self._timer = None
-            self._expire()
-
-    def _expire(self) -> None:
-        # Not in the loop above: a local variable there would keep the last request's tensors alive until the next.
-        for request in self.queue.expire(trio.current_time()):
-            request.place = None
-            request.fail_nowait(Unavailable("Request timeout expired"), Event.REJECT)
-
-    def _reset_timer(self, deadline: float) -> None:
-        if self._timer is not None and deadline < self._timer.deadline:
-            self._timer.deadline = deadline
-        elif self._timer_needed is not None:
-            self._timer_needed.set()
-            self._timer_needed = None
+        if index is None:
+            index = next(iter(self._idle), None)
+        task = self._idle.pop(index, None) if index is not None else None
+        if task is not None:
+            trio.lowlevel.reschedule(task, outcome.Value(None))

@@ -9,6 +9,7 @@ from ..instance import InstanceState
 from ..lifecycle import Outcome
 from ..model import Model, ModelState
 from ..observe import tree
+from ..scheduling import QueueScheduler
 
 if TYPE_CHECKING:
     from ..server import InferenceServer
@@ -45,12 +46,12 @@ def _left_in(model: Model) -> Iterator[str]:
     for request in model._live:
         yield f"live request {request!r}"
     scheduler = model.scheduler
-    for request in scheduler.queue:
+    for request in scheduler.queued():
         yield f"queued request {request!r}"
-    statistics = scheduler.queue.statistics()
+    statistics = scheduler.statistics().queue
     if statistics.queued or any(statistics.by_level.values()):
         yield f"the queue counts {statistics}"
-    if scheduler.queue._timed:
+    if isinstance(scheduler, QueueScheduler) and scheduler.queue._timed:
         yield f"{len(scheduler.queue._timed)} queue timeouts"
     if scheduler.order is not None and len(scheduler.order):
         yield f"{len(scheduler.order)} requests whose answers must go out in order"
