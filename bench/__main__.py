@@ -13,6 +13,7 @@ NAMES = {
     "cancel": "(b) from the client's cancel to what it frees",
     "curve": "(c) throughput and cancel latency against chunk time",
     "inflight": "(d) 10,000 requests in flight",
+    "schedulers": "(e) what scheduling costs, without a network",
 }
 
 
