@@ -26,6 +26,7 @@ import trio
 import trio.testing
 
 from triton_trio import InferenceRequest, InferenceServer, Model, TritonError, open_server
+from triton_trio._process import calm_garbage_collector
 from triton_trio.backends import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from triton_trio.batch import Batch
 
@@ -182,6 +183,7 @@ async def served(subject: Subject, callers: int, total: int) -> float:
         async with trio.open_nursery() as nursery:
             for number in range(callers):
                 nursery.start_soon(caller, number, name=f"caller {number}")
+            calm_garbage_collector()  # as the server does
             began = time.process_time()
         return (time.process_time() - began) / total * 1e6
 
@@ -216,7 +218,7 @@ async def cancelled(subject: Subject, waiting: int, cancels: int) -> float:
                 victim.cancel()
                 spent += time.process_time() - began
                 nursery.start_soon(caller, waiting + extra, name="caller")
-                if extra % 16 == 0:
+                if not live or extra % 16 == 0:
                     await trio.testing.wait_all_tasks_blocked()
             backend.gate.set()
             backend.gate = None
@@ -271,7 +273,7 @@ def plot(figures: dict[str, dict[str, list[float]]], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--requests", type=int, default=20_000, help="for each figure of 'served'")
+    parser.add_argument("--requests", type=int, default=50_000, help="for each figure of 'served'")
     parser.add_argument("--cancels", type=int, default=1_000)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", help="part of a scheduler's name")
