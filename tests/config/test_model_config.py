@@ -17,6 +17,7 @@ from triton_trio.config import (
     DynamicBatching,
     EnsembleScheduling,
     EnsembleStep,
+    InitialState,
     InstanceGroup,
     ModelConfig,
     ModelWarmup,
@@ -35,7 +36,6 @@ from triton_trio.config import (
     parse_model_config,
     parse_model_config_json,
 )
-from triton_trio.config.scheduling import InitialState
 from triton_trio.errors import InvalidArgument
 
 GOLDEN = sorted((Path(__file__).parent / "golden").glob("*.pbtxt"))
@@ -98,7 +98,7 @@ def test_sequence_golden_file() -> None:
             SequenceControl("READY", "CONTROL_SEQUENCE_READY", "BOOL", False, True),
             SequenceControl("CORRID", "CONTROL_SEQUENCE_CORRID", "BYTES"),
         ),
-        states=(SequenceState("STATE_IN", "STATE_OUT", "INT32", (1,), (InitialState("first", "INT32", (1,)),)),),
+        states=(SequenceState("STATE_IN", "STATE_OUT", "INT32", (1,), InitialState("first", "INT32", (1,))),),
         iterative_sequence=True,
     )
 

@@ -6,6 +6,7 @@ truth: :class:`ModelConfig` is a view of it, and what the server has no attribut
 
 from __future__ import annotations
 
+from .initial_state import read_initial_states as read_initial_states
 from .instance_group import InstanceGroup as InstanceGroup
 from .instance_group import RateLimiter as RateLimiter
 from .instance_group import RateLimiterResource as RateLimiterResource
@@ -19,6 +20,7 @@ from .scheduling import DirectStrategy as DirectStrategy
 from .scheduling import DynamicBatching as DynamicBatching
 from .scheduling import EnsembleScheduling as EnsembleScheduling
 from .scheduling import EnsembleStep as EnsembleStep
+from .scheduling import InitialState as InitialState
 from .scheduling import OldestStrategy as OldestStrategy
 from .scheduling import QueuePolicy as QueuePolicy
 from .scheduling import SequenceBatching as SequenceBatching

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -92,6 +93,21 @@ class ModelConfig:
     def full_dims(self, spec: TensorSpec) -> tuple[int, ...]:
         """The dims of an input or output with its batch dimension: what ModelMetadata and error texts show."""
         return (WILDCARD, *spec.dims) if self.max_batch_size > 0 else spec.dims
+
+    def backend_view(self) -> ModelConfig:
+        """With the tensors that a sequence batcher adds: what the model itself has as ``inputs`` and ``outputs``.
+
+        The clients' own come first.  A state that they may see, too, is in ``outputs`` once.  ``message`` stays theirs.
+        """
+        batching = self.sequence_batching
+        if batching is None:
+            return self
+        shown = {output.name for output in self.outputs}
+        return dataclasses.replace(
+            self,
+            inputs=(*self.inputs, *batching.added_inputs),
+            outputs=(*self.outputs, *(state for state in batching.state_outputs if state.name not in shown)),
+        )
 
     def replace(
         self,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..descriptors import enum_name
+from .tensor_spec import TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,18 +101,18 @@ class InitialState:
     name: str
     datatype: str
     dims: tuple[int, ...]
-    data_file: str = ""
+    data_file: str = ""  #: below ``initial_state/`` in the model's directory
 
 
 @dataclass(frozen=True, slots=True)
 class SequenceState:
-    """A tensor that is kept between the requests of a sequence."""
+    """A tensor that is kept between the requests of a sequence; ``dims`` are without batch dimension."""
 
     input_name: str
     output_name: str
     datatype: str
     dims: tuple[int, ...]
-    initial_states: tuple[InitialState, ...] = ()
+    initial_state: InitialState | None = None  #: None: zeros
     use_same_buffer_for_input_output: bool = False
     use_growable_memory: bool = False
 
@@ -141,6 +142,19 @@ class SequenceBatching:
     controls: tuple[SequenceControl, ...] = ()
     states: tuple[SequenceState, ...] = ()
     iterative_sequence: bool = False
+
+    @property
+    def added_inputs(self) -> tuple[TensorSpec, ...]:
+        """The model's inputs that no client sends: controls, then states."""
+        return (
+            *(TensorSpec(control.name, control.datatype, (1,)) for control in self.controls),
+            *(TensorSpec(state.input_name, state.datatype, state.dims) for state in self.states),
+        )
+
+    @property
+    def state_outputs(self) -> tuple[TensorSpec, ...]:
+        """The model's outputs that its sequence keeps."""
+        return tuple(TensorSpec(state.output_name, state.datatype, state.dims) for state in self.states)
 
     @classmethod
     def read(cls, message: Any) -> SequenceBatching:
@@ -192,9 +206,12 @@ def _read_state(message: Any) -> SequenceState:
         output_name=message.output_name,
         datatype=_datatype(message),
         dims=tuple(message.dims),
-        initial_states=tuple(
-            InitialState(initial.name, _datatype(initial), tuple(initial.dims), initial.data_file)
-            for initial in message.initial_state
+        initial_state=next(
+            (
+                InitialState(initial.name, _datatype(initial), tuple(initial.dims), initial.data_file)
+                for initial in message.initial_state
+            ),
+            None,
         ),
         use_same_buffer_for_input_output=message.use_same_buffer_for_input_output,
         use_growable_memory=message.use_growable_memory,

@@ -122,12 +122,76 @@ def _validate_sequence_batching(message: Any) -> None:
             raise InvalidArgument(f"sequence batching max_candidate_sequences must be >= 0 for {name}")
     elif not 0.0 <= batching.direct.minimum_slot_utilization <= 1.0:
         raise InvalidArgument(f"sequence batching minimum slot utilization must be in range (0.0, 1.0] for {name}")
+    _validate_states(message)
+    added = [control.name for control in batching.control_input] + [state.input_name for state in batching.state]
+    if clash := _first_duplicate([*(tensor.name for tensor in message.input), *added]):
+        raise InvalidArgument(
+            f"sequence batching tensor '{clash}' is given to the model as more than one of input, control input and "
+            f"state for {name}; clients do not send controls and states, so do not list them as inputs"
+        )
+
+
+def _validate_states(message: Any) -> None:
+    states, name = message.sequence_batching.state, message.name
     for field in ("input_name", "output_name"):
-        names = [getattr(state, field) for state in batching.state]
+        names = [getattr(state, field) for state in states]
         if not all(names):
             raise InvalidArgument(f"sequence batching state must specify '{field}' for {name}")
         if twice := _first_duplicate(names):
             raise InvalidArgument(f"sequence batching state {field} '{twice}' is used more than once for {name}")
+    outputs = {output.name: output for output in message.output}
+    for state in states:
+        where = f"sequence batching state '{state.input_name}'"
+        if enum_name(state, "data_type") == "TYPE_INVALID":
+            raise InvalidArgument(f"{where} must specify 'data_type' for {name}")
+        if any(dim < 1 and dim != -1 for dim in state.dims):
+            raise InvalidArgument(
+                f"{where} dimension must be integer >= 1, or -1 to indicate a variable-size dimension for {name}"
+            )
+        if state.use_growable_memory and not state.use_same_buffer_for_input_output:
+            raise InvalidArgument(
+                "In order to 'use_growable_memory', you must also enable 'use_same_buffer_for_input_output' for state "
+                f"input name '{state.input_name}' for {name}"
+            )
+        output = outputs.get(state.output_name)
+        if output is not None and output.data_type not in (state.data_type, 0):
+            raise InvalidArgument(
+                f"{where} is {enum_name(state, 'data_type')}, but its output '{state.output_name}' is "
+                f"{enum_name(output, 'data_type')} for {name}"
+            )
+        if len(state.initial_state) > 1:
+            raise InvalidArgument(
+                f"initial_state field for state input '{state.input_name}' must contain exactly one or zero element. "
+                f"Found '{len(state.initial_state)}' elements."
+            )
+        for initial in state.initial_state:
+            _validate_initial_state(state, initial)
+
+
+def _validate_initial_state(state: Any, initial: Any) -> None:
+    name = state.input_name
+    if initial.data_type != state.data_type:
+        raise InvalidArgument(
+            f"The data type used for 'initial_state' field of state '{name}' does not match the state data type."
+        )
+    if not initial.name:
+        raise InvalidArgument(f"Field 'name' must be set when using initial_state for state input '{name}'.")
+    if len(initial.dims) != len(state.dims):
+        raise InvalidArgument(
+            "Number of dimensions in 'initial_state' doesn't match the size of 'state' dimensions for state input "
+            f"'{name}'. {len(initial.dims)} != {len(state.dims)}"
+        )
+    for got, dim in zip(initial.dims, state.dims, strict=True):
+        if got < 0:
+            raise InvalidArgument(f"'initial_state' field for state input name '{name}' contains variable dimensions.")
+        if dim not in (-1, got):
+            raise InvalidArgument(
+                f"'initial_state' dim for input name '{name}' doesn't match 'state' dim description. {got} != {dim}"
+            )
+    if initial.WhichOneof("state_data") is None or (
+        initial.WhichOneof("state_data") == "data_file" and not initial.data_file
+    ):
+        raise InvalidArgument(f"initial_state setting expects state '{name}' to have state_data set")
 
 
 def _validate_controls(control_inputs: Any, name: str) -> None:
@@ -142,6 +206,11 @@ def _validate_controls(control_inputs: Any, name: str) -> None:
     kinds = [enum_name(control, "kind") for control in controls]
     if twice := _first_duplicate(kinds):
         raise InvalidArgument(f"sequence batching specifies multiple {twice} tensors for {name}")
+    for tensor in control_inputs:
+        if len(tensor.control) > 1:
+            raise InvalidArgument(
+                f"sequence batching control tensor '{tensor.name}' is specified for multiple control kinds for {name}"
+            )
     for kind, control in zip(kinds, controls, strict=True):
         given = [field for field in _FALSE_TRUE if len(getattr(control, field))]
         if kind == _CORRID:
