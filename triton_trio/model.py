@@ -74,7 +74,8 @@ class Model:
     """One version of a model while it is loaded.
 
     Get it from :meth:`InferenceServer.model`.  ``config`` is what clients see; ``context.config``, what the backend
-    sees, also has the tensors that the scheduler adds.  ``release_limit``: see :class:`ModelInstance`.
+    sees, also has the tensors that the scheduler adds.  ``release_limit``: see :class:`ModelInstance`;
+    ``initial_states``: see :class:`~triton_trio.scheduling.SequenceTensors`.
     """
 
     def __init__(
@@ -85,13 +86,14 @@ class Model:
         release_limit: float,
         watchdogs: trio.Nursery,
         files: AbstractContextManager[object] | None = None,
+        initial_states: Mapping[str, Array] | None = None,
     ) -> None:
         self.context = context
         self._files = files or nullcontext()
         self.config = config
         self.version = context.version
         self.state = ModelState.LOADING
-        self.scheduler = make_scheduler(config)
+        self.scheduler = make_scheduler(config, initial_states)
         self.instances: list[ModelInstance] = []
         self.counters = ModelCounters()
         self._validator = RequestValidator(config)

@@ -15,7 +15,7 @@ from pathlib import Path
 import trio
 
 from .backends import Backend, ModelContext
-from .config import ModelConfig, ignored_fields, load_model_config, refuse_unsupported
+from .config import ModelConfig, ignored_fields, load_model_config, read_initial_states, refuse_unsupported
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
 from .scopes import BatchScope, Reason
@@ -282,6 +282,7 @@ class ModelRepository:
         if not self._strict_config:
             config = await trio.to_thread.run_sync(backend.auto_complete, config, directory)
             config.check_complete()
+        initial_states = await trio.to_thread.run_sync(read_initial_states, config, directory)
         versions = config.version_policy.select(available)
         if not versions:
             raise InvalidArgument(
@@ -299,8 +300,15 @@ class ModelRepository:
         loaded: list[Model] = []
         try:
             for version in versions:
-                context = ModelContext(config, version, directory, directory / str(version))
-                model = Model(config, context, files=sent, release_limit=self._release_limit, watchdogs=self._watchdogs)
+                context = ModelContext(config.backend_view(), version, directory, directory / str(version))
+                model = Model(
+                    config,
+                    context,
+                    files=sent,
+                    initial_states=initial_states,
+                    release_limit=self._release_limit,
+                    watchdogs=self._watchdogs,
+                )
                 # Until it is started, the model's task belongs to this load and is cancelled with it.
                 await self._nursery.start(model.run, backend, name=f"model {name}:{version}")
                 loaded.append(model)

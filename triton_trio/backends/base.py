@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 class ModelContext:
     """What a backend needs to open one version of a model."""
 
-    config: ModelConfig
+    config: ModelConfig  #: its ``inputs`` and ``outputs`` are the model's own, with what a sequence batcher adds
     version: int
     model_directory: Path  #: holds config.pbtxt and the version directories
     version_directory: Path  #: ``model_directory / str(version)``

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from .default import DefaultScheduler as DefaultScheduler
@@ -15,9 +16,11 @@ from .scheduler import Permit as Permit
 from .scheduler import Scheduler as Scheduler
 from .scheduler import SchedulerStatistics as SchedulerStatistics
 from .scheduler import Seat as Seat
+from .sequence_tensors import SequenceTensors as SequenceTensors
 
 if TYPE_CHECKING:
     from .. import config
+    from ..request import Array
 
 
 def _policy(policy: config.QueuePolicy) -> QueuePolicy:
@@ -29,8 +32,8 @@ def _policy(policy: config.QueuePolicy) -> QueuePolicy:
     )
 
 
-def make_scheduler(model: config.ModelConfig) -> Scheduler:
-    """The scheduler that a model's configuration asks for."""
+def make_scheduler(model: config.ModelConfig, initial_states: Mapping[str, Array] | None = None) -> Scheduler:
+    """The scheduler that a model's configuration asks for; ``initial_states``: see :class:`SequenceTensors`."""
     batching = model.dynamic_batching
     if batching is None:
         return DefaultScheduler()
