@@ -286,10 +286,11 @@ class Batch:
         if member.live:
             self._deliver(member, {}, True, None)
 
-    def reschedule(self, member: Member) -> None:
+    def reschedule(self, member: Member, states: Mapping[str, Array] | None = None) -> None:
         """Let ``member`` go unfinished: its sequence is to be executed again, without START (``iterative_sequence``).
 
-        Other requests may come in between.  Silent for a member who has left.
+        Other requests may come in between.  ``states`` are state outputs for that next time, all of them; without any,
+        the states stay as they are.  Silent for a member who has left.
         """
         if not member.live:
             return
@@ -302,6 +303,12 @@ class Batch:
                 ),
             )
             return
+        if states and self._take_states is not None:
+            try:
+                self._take_states(member.request, states)
+            except TritonError as exc:
+                self.fail(member, exc)
+                return
         self._serve(member)
         self._on_rescheduled(member)
 

@@ -1,6 +1,7 @@
 """The identity backend: ``OUTPUTn`` is ``INPUTn``.  Triton's QA uses one like it to test everything but the model.
 
-Parameters in config.pbtxt: ``execute_delay_ms`` makes every execution take that long, and lets go at any moment.
+Control inputs of a sequence are ignored, and its states stay what they are.  Parameters in config.pbtxt:
+``execute_delay_ms`` makes every execution take that long, and lets go at any moment.
 """
 
 from __future__ import annotations
@@ -34,12 +35,17 @@ class IdentityInstance(BackendInstance):
 class IdentityModel(BackendModel):
     def __init__(self, context: ModelContext) -> None:
         config = context.config
-        if len(config.inputs) != len(config.outputs):
+        batching = config.sequence_batching
+        added = {spec.name for spec in batching.added_inputs} if batching is not None else ()
+        states = {state.output_name: state.input_name for state in batching.states} if batching is not None else {}
+        inputs = [spec.name for spec in config.inputs if spec.name not in added]
+        outputs = [spec.name for spec in config.outputs if spec.name not in states]
+        if len(inputs) != len(outputs):
             raise InvalidArgument(
                 f"model '{config.name}': the identity backend needs as many outputs as inputs, "
-                f"config.pbtxt has {len(config.inputs)} inputs and {len(config.outputs)} outputs"
+                f"config.pbtxt has {len(inputs)} inputs and {len(outputs)} outputs"
             )
-        self._outputs = {out.name: inp.name for inp, out in zip(config.inputs, config.outputs, strict=True)}
+        self._outputs = dict(zip(outputs, inputs, strict=True)) | states
         text = config.parameters.get("execute_delay_ms", "0")
         try:
             self._delay = float(text) / 1e3

@@ -9,7 +9,7 @@ import trio
 from .device import Turn
 from .job import DeviceJob
 from .programs import precision
-from .turns import Slot, row_shapes, stack_inputs, start_copy, to_host, to_response
+from .turns import Slot, stack_inputs, start_copy, to_host, to_response
 
 if TYPE_CHECKING:
     from ...batch import Batch
@@ -36,8 +36,7 @@ class ApplyTurn(Turn):
         if not self._taken:
             return False
         placed = self._placed
-        shapes = row_shapes(self._batch, placed.config.inputs, batched=placed.batched)
-        inputs = stack_inputs(self._batch, shapes, self._programs.bucket, batched=placed.batched)
+        inputs = stack_inputs(self._batch, placed.config, self._programs.bucket)
         assert self._programs.apply is not None
         with precision(placed.options.x64):
             self._outputs = self._programs.apply(placed.params, inputs)

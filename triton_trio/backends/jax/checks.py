@@ -27,6 +27,8 @@ _CALLBACKS = frozenset({"io_callback", "pure_callback", "debug_callback"})
 
 def check_config(config: ModelConfig) -> None:
     """Raises :exc:`InvalidArgument` if a tensor is missing or of a kind that JAX does not have."""
+    batching = config.sequence_batching
+    added = {spec.name for spec in (*batching.added_inputs, *batching.state_outputs)} if batching is not None else ()
     for kind, specs in (("input", config.inputs), ("output", config.outputs)):
         if not specs:
             raise InvalidArgument(
@@ -34,6 +36,11 @@ def check_config(config: ModelConfig) -> None:
             )
         for spec in specs:
             where = f"model '{config.name}': {kind} '{spec.name}'"
+            if spec.datatype == "BYTES" and spec.name in added:
+                raise InvalidArgument(
+                    f"{where}, which sequence_batching adds, is TYPE_STRING, and devices have no strings; for "
+                    "CONTROL_SEQUENCE_CORRID use TYPE_UINT64, and keep states as numbers"
+                )
             if spec.datatype == "BYTES":
                 raise InvalidArgument(
                     f"{where} is TYPE_STRING, and devices have no strings; send numbers (token ids, UINT8 bytes), or "
@@ -157,7 +164,7 @@ def outputs_problem(specs: Sequence[TensorSpec], outputs: Mapping[str, tuple[tup
             return f"output '{spec.name}' must have dims {list(dims)} as in config.pbtxt, got {list(shape)}"
     extra = sorted(set(outputs) - {spec.name for spec in specs})
     if extra:
-        return f"output '{extra[0]}' is not in config.pbtxt, which has {[spec.name for spec in specs]}"
+        return f"output '{extra[0]}' is not expected, only {[spec.name for spec in specs]} as in config.pbtxt"
     return ""
 
 

@@ -12,7 +12,7 @@ import functools
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -28,6 +28,7 @@ from .programs import precision, static_shapes
 
 if TYPE_CHECKING:
     from ...batch import Batch, Member
+    from ...config import TensorSpec
     from ...request import Array, ParameterValue
     from .placed import PlacedModel
 
@@ -202,6 +203,10 @@ class ExplicitContext:
         self._send = send
         self.batch_size = batch_size  #: rows of this request
         self.parameters = parameters or {}  #: that the client sent along
+        self.rescheduled = False
+        batching = placed.config.sequence_batching
+        self._iterative = batching is not None and batching.iterative_sequence
+        self._states = batching.state_outputs if batching is not None else ()
 
     async def run(self, function: Callable[..., Any], /, *args: Any) -> Any:
         """Dispatch ``function(*args)`` as one compiled program and return its values on the device, not yet computed.
@@ -235,8 +240,32 @@ class ExplicitContext:
             )
         await self._send(await self.to_response(outputs, "ctx.send()"))
 
-    async def to_response(self, outputs: Mapping[str, Any], where: str) -> dict[str, Array]:
-        """Fetch ``outputs`` and check them against config.pbtxt."""
+    def reschedule(self) -> None:
+        """What ``run`` returns is no answer: execute the request again, later, without START (``iterative_sequence``).
+
+        Sync.  ``run`` then returns its state outputs and nothing else, or None to leave the states as they are.  Until the
+        request's turn comes again its rows and the device are free for others.
+        """
+        if not self._iterative:
+            raise InternalError(
+                f"{self._placed.name}: ctx.reschedule() needs 'sequence_batching {{ iterative_sequence: true }}' in "
+                "config.pbtxt"
+            )
+        self.rescheduled = True
+
+    async def to_result(self, outputs: Mapping[str, Any] | None) -> dict[str, Array] | None:
+        """What ``run`` returned, fetched and checked; None if it was nothing, and may be."""
+        decoupled = self._placed.config.decoupled
+        if outputs is None and (self.rescheduled or decoupled):
+            return None
+        if not self.rescheduled:
+            return await self.to_response(outputs, "run()")
+        return await self.to_response(outputs, "run(), which called ctx.reschedule()", self._states)
+
+    async def to_response(
+        self, outputs: Mapping[str, Any] | None, where: str, specs: Sequence[TensorSpec] | None = None
+    ) -> dict[str, Array]:
+        """Fetch ``outputs`` and check them against ``specs``, by default those of config.pbtxt."""
         if not isinstance(outputs, Mapping):
             raise InternalError(
                 f"{self._placed.name}: {where} must have a dict of arrays by output name, got {type(outputs).__name__}"
@@ -250,9 +279,11 @@ class ExplicitContext:
                         f"{self._placed.name}: {where}: output '{name}' must have {self.batch_size} rows, as the inputs, "
                         f"got shape {list(array.shape)}"
                     )
-        problem = outputs_problem(
-            config.outputs, {name: (array.shape[batched:], array.dtype) for name, array in arrays.items()}
-        )
+        if specs is None:
+            # Each answer of a decoupled model may leave states as they were.
+            optional = {state.name for state in self._states} - arrays.keys() if config.decoupled else ()
+            specs = [spec for spec in config.outputs if spec.name not in optional]
+        problem = outputs_problem(specs, {name: (array.shape[batched:], array.dtype) for name, array in arrays.items()})
         if problem:
             raise InternalError(f"{self._placed.name}: {where}: {problem}")
         return arrays
@@ -284,9 +315,7 @@ async def warm_up(placed: PlacedModel, functions: FunctionCache) -> None:
     async with DeviceJob(placed.device, placed.name) as job:
         ctx = ExplicitContext(placed, functions, job, send=drop if placed.config.decoupled else None)
         try:
-            outputs = await placed.functions.run(ctx, placed.params, inputs)
-            if outputs is not None or not placed.config.decoupled:
-                await ctx.to_response(outputs, "run()")
+            await ctx.to_result(await placed.functions.run(ctx, placed.params, inputs))
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's function raises
             LOGGER.error("%s failed when it was tried on zeros: %s", where, traceback.format_exc())
             raise InvalidArgument(
@@ -327,12 +356,11 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
                     batch_size=member.stop - member.start,
                     parameters=member.request.parameters,
                 )
-                outputs = await placed.functions.run(ctx, placed.params, dict(member.inputs))
-                response = None
-                if outputs is not None or not batch.decoupled:
-                    response = await ctx.to_response(outputs, "run()")
+                response = await ctx.to_result(await placed.functions.run(ctx, placed.params, dict(member.inputs)))
             batch.compute_output_at = batch.compute_output_at or trio.current_time()
-            if response is None:
+            if ctx.rescheduled:
+                batch.reschedule(member, response)
+            elif response is None:
                 batch.finish(member)
             else:
                 batch.respond(member, response)

@@ -13,6 +13,11 @@ Three forms, told apart by function names alone::
     async run(ctx, params, inputs) -> outputs                           explicit checkpoints
 
 and in each, if wanted, ``load(context) -> params``.
+
+In a model with ``sequence_batching`` the control inputs and the states are inputs like the others, of shape ``[1]`` and of
+the state's dims, and the new states are outputs like the others.  A row that no request fills (READY false) is computed
+with another row's tensors, and its outputs are dropped.  With ``iterative_sequence`` an async ``run`` may call
+``ctx.reschedule()`` and return states instead of outputs: the request is executed again when its turn comes.
 """
 
 from __future__ import annotations
@@ -195,6 +200,11 @@ def find_functions(module: ModuleType, path: Path, config: ModelConfig, *, max_s
         )
     if "run" in found:
         return ModelFunctions(path, Form.EXPLICIT, **_with_load(found))
+    if config.sequence_batching is not None and config.sequence_batching.iterative_sequence:
+        raise bad(
+            f"has {forms[0]}(), which cannot ask for another turn, and config.pbtxt says iterative_sequence; write async "
+            "def run(ctx, params, inputs) and call ctx.reschedule(), or remove iterative_sequence"
+        )
     if "apply" in found:
         return ModelFunctions(path, Form.APPLY, **_with_load(found))
     needed = ["init", "step"]

@@ -16,7 +16,7 @@ import trio
 from .device import WINDOW, Turn
 from .job import DeviceJob
 from .programs import precision
-from .turns import Slot, row_shapes, stack_inputs, start_copy, to_host, to_response
+from .turns import Slot, stack_inputs, start_copy, to_host, to_response
 
 if TYPE_CHECKING:
     from ...batch import Batch
@@ -79,8 +79,7 @@ class StepPlan:
         if not self._started:
             self._started = True
             assert self.programs.init is not None
-            shapes = row_shapes(self.batch, self.placed.config.inputs, batched=self.placed.batched)
-            inputs = stack_inputs(self.batch, shapes, self.programs.bucket, batched=self.placed.batched)
+            inputs = stack_inputs(self.batch, self.placed.config, self.programs.bucket)
             self._carry, self._flags = self.programs.init(params, inputs)
         else:
             turn.controller = self.programs.controller  # the first chunk's time has init's in it

@@ -11,7 +11,7 @@ import numpy as np
 
 if TYPE_CHECKING:
     from ...batch import Batch, Member
-    from ...config import TensorSpec
+    from ...config import ModelConfig, TensorSpec
     from ...request import Array
 
 
@@ -65,19 +65,25 @@ def row_shapes(
     return tuple((spec.name, inputs[spec.name].shape[batched:]) for spec in specs)
 
 
-def stack_inputs(
-    batch: Batch, shapes: tuple[tuple[str, tuple[int, ...]], ...], bucket: int, *, batched: bool
-) -> dict[str, Array]:
+def stack_inputs(batch: Batch, config: ModelConfig, bucket: int) -> dict[str, Array]:
     """All members' rows, padded to the bucket; runs in the device thread, so that big batches do not stop the server.
 
-    Padding repeats a real row: made-up zeros could keep a ``while_loop`` in the model from ever ending.
+    Padding repeats a real row, and so do rows that no request fills, except for the control inputs: made-up zeros could
+    keep a ``while_loop`` in the model from ever ending.
     """
+    batching = config.sequence_batching
+    controls = {control.name for control in batching.controls} if batching is not None else ()
+    real = next(member for member in batch.members if member.ready)
     stacked = {}
-    for name, shape in shapes:
-        array = batch.stack(name) if batched else batch.members[0].inputs[name][None]
+    for name in (spec.name for spec in config.inputs):
+        if config.max_batch_size > 0:
+            parts = [(member if member.ready or name in controls else real).inputs[name] for member in batch.members]
+            array = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        else:
+            array = real.inputs[name][None]
         rows = array.shape[0]
         if rows < bucket:
-            padded = np.empty((bucket, *shape), array.dtype)
+            padded = np.empty((bucket, *array.shape[1:]), array.dtype)
             padded[:rows] = array
             padded[rows:] = array[0]
             array = padded
