@@ -164,7 +164,7 @@ def outputs_problem(specs: Sequence[TensorSpec], outputs: Mapping[str, tuple[tup
             return f"output '{spec.name}' must have dims {list(dims)} as in config.pbtxt, got {list(shape)}"
     extra = sorted(set(outputs) - {spec.name for spec in specs})
     if extra:
-        return f"output '{extra[0]}' is not expected, only {[spec.name for spec in specs]} as in config.pbtxt"
+        return f"output '{extra[0]}' is not in config.pbtxt, which has {[spec.name for spec in specs]}"
     return ""
 
 

@@ -260,7 +260,13 @@ class ExplicitContext:
             return None
         if not self.rescheduled:
             return await self.to_response(outputs, "run()")
-        return await self.to_response(outputs, "run(), which called ctx.reschedule()", self._states)
+        states = {state.name for state in self._states}
+        if isinstance(outputs, Mapping) and (extra := sorted(outputs.keys() - states)):
+            raise InternalError(
+                f"{self._placed.name}: run() has called ctx.reschedule(), so it may return states and nothing else, got "
+                f"'{extra[0]}'"
+            )
+        return await self.to_response(outputs, "run()", self._states)
 
     async def to_response(
         self, outputs: Mapping[str, Any] | None, where: str, specs: Sequence[TensorSpec] | None = None
