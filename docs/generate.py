@@ -1,7 +1,7 @@
-"""Writes what the docs show but nobody should type: recorded output, code listings, the life-cycle diagram.
+"""Writes what the docs show but nobody should type: recorded output, code listings, diagrams, pictures of recorded runs.
 
-``python docs/generate.py`` rewrites the parts of the pages between ``<!-- begin: NAME -->`` and ``<!-- end: NAME -->``;
-``--check`` only says what is out of date, and is what the test runs.
+``python docs/generate.py`` rewrites the parts of the pages between ``<!-- begin: NAME ARGUMENT -->`` and ``<!-- end -->``, and
+the pictures that they show; ``--check`` only says what is out of date, and is what the test runs.
 """
 
 from __future__ import annotations
@@ -9,8 +9,13 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import chain
 from pathlib import Path
+
+from timeline.draw import draw
+from timeline.record import record
+from timeline.runs import RUNS
 
 from triton_trio.lifecycle import TRANSITIONS, Outcome
 
@@ -55,11 +60,27 @@ def output(path: str) -> str:
     return f"```text\n{done.stdout.rstrip()}\n```"
 
 
+def picture(name: str) -> str:
+    """Show the run ``name`` of timeline/runs.py; :func:`pictures` draws it."""
+    return f"![{RUNS[name].title}](../images/{name}.svg)"
+
+
+def pictures() -> Iterator[tuple[Path, str]]:
+    for name, run in RUNS.items():
+        yield DOCS / "images" / f"{name}.svg", draw(record(run.play), run.title)
+
+
+def pages() -> Iterator[tuple[Path, str]]:
+    for path in sorted(DOCS.rglob("*.md")):
+        yield path, render(path.read_text())
+
+
 MAKERS: dict[str, Callable[[str], str]] = {
     "life-cycle": life_cycle,
     "transition-table": transition_table,
     "code": code,
     "output": output,
+    "picture": picture,
 }
 
 
@@ -71,10 +92,8 @@ def render(page: str) -> str:
 def main() -> int:
     check = "--check" in sys.argv[1:]
     stale = []
-    for path in sorted(DOCS.rglob("*.md")):
-        text = path.read_text()
-        fresh = render(text)
-        if fresh != text:
+    for path, fresh in chain(pages(), pictures()):
+        if not path.exists() or fresh != path.read_text():
             stale.append(path)
             if not check:
                 path.write_text(fresh)

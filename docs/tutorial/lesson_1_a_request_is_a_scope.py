@@ -9,7 +9,7 @@ NUMBERS = np.array([1, 2, 3], np.float32)
 
 
 async def lesson() -> None:
-    async with triton_trio.open_server(MODELS) as server:
+    async with triton_trio.open_server(MODELS / "batching") as server:
         model = server.model("one_at_a_time")  # its execution takes one second
 
         say("1. An ordinary call.")

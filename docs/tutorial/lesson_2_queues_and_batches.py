@@ -6,7 +6,7 @@ import triton_trio
 
 
 async def lesson() -> None:
-    async with triton_trio.open_server(MODELS) as server:
+    async with triton_trio.open_server(MODELS / "batching") as server:
         await leaving_a_queue(server.model("one_at_a_time"))
         await owners_of_a_batch(server.model("batched"))
 
