@@ -103,6 +103,29 @@ def test_sequence_golden_file() -> None:
     )
 
 
+def test_the_backend_sees_the_tensors_that_a_sequence_batcher_adds_and_clients_do_not() -> None:
+    config = golden("sequence")
+    view = config.backend_view()
+    assert view.inputs == (
+        *config.inputs,
+        TensorSpec("START", "FP32", (1,)),
+        TensorSpec("READY", "BOOL", (1,)),
+        TensorSpec("CORRID", "BYTES", (1,)),
+        TensorSpec("STATE_IN", "INT32", (1,)),
+    )
+    assert view.outputs == (*config.outputs, TensorSpec("STATE_OUT", "INT32", (1,)))
+    assert config_to_pb(view) == config_to_pb(config)
+    assert golden("simple").backend_view() == golden("simple")
+
+
+def test_a_state_that_clients_may_see_is_one_output_of_the_backend() -> None:
+    config = parse_model_config(
+        """name: "m" backend: "b" output { name: "O" data_type: TYPE_INT32 dims: 2 label_filename: "labels" }
+        sequence_batching { state { input_name: "I" output_name: "O" data_type: TYPE_INT32 dims: -1 } }"""
+    )
+    assert config.backend_view().outputs == config.outputs
+
+
 def test_ensemble_golden_file() -> None:
     config = golden("ensemble")
     assert (config.backend, config.platform, config.instance_groups) == ("", "ensemble", ())

@@ -9,6 +9,11 @@ from triton_trio.errors import InvalidArgument
 
 SEQUENCE = "sequence_batching { control_input { %s } }"
 START = 'name: "S" control { kind: CONTROL_SEQUENCE_START %s }'
+STATE = 'sequence_batching { state { input_name: "I" output_name: "O" data_type: TYPE_INT32 %s } }'
+CLASH = (
+    "sequence batching tensor '%s' is given to the model as more than one of input, control input and state for m; "
+    "clients do not send controls and states, so do not list them as inputs"
+)
 STEP = 'model_name: "%s" model_version: -1 input_map { key: "i" value: "%s" } output_map { key: "o" value: "%s" }'
 FALSE_TRUE = "'int32_false_true', 'fp32_false_true'"
 
@@ -137,6 +142,65 @@ BAD = [
     (
         'sequence_batching { state { input_name: "I" output_name: "A" } state { input_name: "I" output_name: "B" } }',
         "sequence batching state input_name 'I' is used more than once for m",
+    ),
+    (
+        SEQUENCE % 'name: "S" control { int32_false_true: [ 0, 1 ] } '
+        "control { kind: CONTROL_SEQUENCE_END int32_false_true: [ 0, 1 ] }",
+        "sequence batching control tensor 'S' is specified for multiple control kinds for m",
+    ),
+    (
+        SEQUENCE % (START % "int32_false_true: [ 0, 1 ]") + tensor('name: "S" data_type: TYPE_INT32 dims: 1'),
+        CLASH % "S",
+    ),
+    (
+        'sequence_batching { control_input { name: "I" } state { input_name: "I" output_name: "O" data_type: TYPE_INT32 } }',
+        CLASH % "I",
+    ),
+    (STATE % "" + tensor('name: "I" data_type: TYPE_INT32 dims: 1'), CLASH % "I"),
+    (
+        'sequence_batching { state { input_name: "I" output_name: "O" } }',
+        "sequence batching state 'I' must specify 'data_type' for m",
+    ),
+    (
+        STATE % "dims: 0",
+        "sequence batching state 'I' dimension must be integer >= 1, or -1 to indicate a variable-size dimension for m",
+    ),
+    (
+        STATE % "use_growable_memory: true",
+        "In order to 'use_growable_memory', you must also enable 'use_same_buffer_for_input_output' for state input name "
+        "'I' for m",
+    ),
+    (
+        STATE % "dims: 2" + 'output { name: "O" data_type: TYPE_FP32 dims: 2 }',
+        "sequence batching state 'I' is TYPE_INT32, but its output 'O' is TYPE_FP32 for m",
+    ),
+    (
+        STATE % "initial_state { } initial_state { }",
+        "initial_state field for state input 'I' must contain exactly one or zero element. Found '2' elements.",
+    ),
+    (
+        STATE % 'initial_state { name: "z" data_type: TYPE_FP32 zero_data: true }',
+        "The data type used for 'initial_state' field of state 'I' does not match the state data type.",
+    ),
+    (
+        STATE % "initial_state { data_type: TYPE_INT32 zero_data: true }",
+        "Field 'name' must be set when using initial_state for state input 'I'.",
+    ),
+    (
+        STATE % 'dims: 2 initial_state { name: "z" data_type: TYPE_INT32 dims: [ 2, 1 ] zero_data: true }',
+        "Number of dimensions in 'initial_state' doesn't match the size of 'state' dimensions for state input 'I'. 2 != 1",
+    ),
+    (
+        STATE % 'dims: -1 initial_state { name: "z" data_type: TYPE_INT32 dims: -1 zero_data: true }',
+        "'initial_state' field for state input name 'I' contains variable dimensions.",
+    ),
+    (
+        STATE % 'dims: 2 initial_state { name: "z" data_type: TYPE_INT32 dims: 3 zero_data: true }',
+        "'initial_state' dim for input name 'I' doesn't match 'state' dim description. 3 != 2",
+    ),
+    (
+        STATE % 'initial_state { name: "z" data_type: TYPE_INT32 }',
+        "initial_state setting expects state 'I' to have state_data set",
     ),
     # Response cache and metrics
     (
