@@ -51,6 +51,10 @@ class SequenceTensors:
         self._decoupled = config.decoupled
         self._lead = (1,) if config.max_batch_size > 0 else ()
         self._corrid = next((control for control in batching.controls if control.kind == _CORRID), None)
+        self._limits = (0, 0)
+        if self._corrid is not None and self._corrid.datatype != "BYTES":
+            limits = np.iinfo(DTYPES[self._corrid.datatype])
+            self._limits = (limits.min, limits.max)
         signals = [control for control in batching.controls if control.kind != _CORRID]
         self._controls = {
             (start, end): self._signals(signals, {_START: start, _READY: True, _END: end})
@@ -90,11 +94,11 @@ class SequenceTensors:
                 f"'{self._model}' expects '{control.datatype}'"
             )
         if not isinstance(value, str):
-            info = np.iinfo(DTYPES[control.datatype])
-            if not info.min <= value <= info.max:
+            lowest, highest = self._limits
+            if not lowest <= value <= highest:
                 raise InvalidArgument(
                     f"{request.label}correlation ID {value} does not fit sequence batching control '{control.name}' of "
-                    f"model '{self._model}', which is {control.datatype}: use one from {info.min} to {info.max}"
+                    f"model '{self._model}', which is {control.datatype}: use one from {lowest} to {highest}"
                 )
 
     def initial_state(self) -> dict[str, Array]:
@@ -123,8 +127,8 @@ class SequenceTensors:
     def null_row(self, like: InferenceRequest) -> NullRequest:
         """A row without a request, to share a batch with ``like``, which :meth:`fill` has filled.
 
-        READY, START and END are false, the correlation ID is 0 or empty, everything else is zeros.  Rows like one request
-        are one object; nothing can happen to it.
+        READY, START and END are false, the correlation ID is 0 or empty, everything else is zeros.  Nothing can happen to
+        such a row, so all those like one request are one object: a batch asks once.
         """
         key = tuple((name, array.shape) for name, array in like.inputs.items())
         row = self._null_rows.get(key)

@@ -36,7 +36,8 @@ class JaxOptions:
     ``warmup``
         ``false``: do not run an explicit model once on zeros when it is loaded.
     ``x64``
-        ``true`` or ``false``: JAX's 64-bit mode for this model; by default on if a tensor is FP64, INT64 or UINT64.
+        ``true`` or ``false``: JAX's 64-bit mode for this model; by default on if a tensor is FP64, INT64 or UINT64,
+        which the correlation ID of a sequence may be, too.
     """
 
     target: float  #: seconds
