@@ -88,8 +88,8 @@ async def test_soften_takes_noise_away_and_has_a_checkpoint_after_each_round() -
             await trio.lowlevel.checkpoint()
             checkpoints += 1
 
-    soft = np.asarray((await model.run(Context(), None, {"IMAGE": noisy}))["SOFT"])
-    assert np.abs(soft - picture).mean() < 0.5 * np.abs(noisy - picture).mean()
+    soft = np.asarray((await model.run(Context(), None, {"IMAGE": noisy[None]}))["SOFT"])
+    assert np.abs(soft[0] - picture).mean() < 0.5 * np.abs(noisy - picture).mean()
     assert checkpoints == model.ROUNDS
 
 

@@ -35,11 +35,11 @@ async def an_answer(stage: Stage) -> None:
     stage.claim("the restored picture is at least ten times closer to the original", after * 10 < before)
     sketch = await Call(stage.client, "sketch", {"IMAGE": restored[None]}, request_id="sketch").output("SKETCH")
     noisy = stage.picture + np.random.default_rng(0).normal(0, 0.08, stage.picture.shape).astype(np.float32)
-    soft = await Call(stage.client, "soften", {"IMAGE": noisy}, request_id="soften").output("SOFT")
-    closer = np.abs(soft - stage.picture).mean() < 0.5 * np.abs(noisy - stage.picture).mean()
+    soft = await Call(stage.client, "soften", {"IMAGE": noisy[None]}, request_id="soften").output("SOFT")
+    closer = np.abs(soft[0] - stage.picture).mean() < 0.5 * np.abs(noisy - stage.picture).mean()
     stage.claim("the softened picture has less than half of the noise", closer)
     write_png(stage.folder / "restored.png", stage.picture, bad, restored)
-    write_png(stage.folder / "sketch-and-soften.png", sketch[0], noisy, soft)
+    write_png(stage.folder / "sketch-and-soften.png", sketch[0], noisy, soft[0])
     say(f"written: {stage.folder}/restored.png, {stage.folder}/sketch-and-soften.png")
     await stage.quiet()
 
@@ -158,7 +158,7 @@ async def _run_eight(stage: Stage, name: str, leaving: tuple[int, ...]) -> dict[
 
 async def stream(stage: Stage) -> None:
     stage.headline("7. A stream of previews, cancelled after twelve: a model works while somebody watches")
-    model = stage.server.model("inpaint_preview")
+    model = stage.model("inpaint_preview")
     call = StreamCall(stage.address, "inpaint_preview", stage.inputs(ENDLESS), request_id="watched")
     previews = [(await call.response()).as_numpy("PREVIEW")[0] for _ in range(12)]
     await stage.show_tree("just before", model="inpaint_preview")
