@@ -25,8 +25,8 @@ from .scopes import Reason
 if TYPE_CHECKING:
     from .backends import BackendInstance, Placement
     from .config import ModelConfig
-    from .model import Model
     from .request import Array, InferenceRequest
+    from .scheduled_model import ScheduledModel
 
 LOGGER = logging.getLogger("triton_trio.instance")
 
@@ -64,7 +64,7 @@ class ModelInstance:
 
     def __init__(
         self,
-        model: Model,
+        model: ScheduledModel,
         placement: Placement,
         backend: BackendInstance,
         *,

@@ -1,10 +1,14 @@
-"""One loaded version of a model: its scheduler, its instances, and the calls that run a request through them."""
+"""One loaded version of a model, whatever runs it: the requests it has, their counters, and the end of its life.
+
+Two kinds: :class:`~triton_trio.scheduled_model.ScheduledModel` has a backend, a scheduler and instances;
+:class:`~triton_trio.ensemble.EnsembleModel` has other models.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager, nullcontext
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractAsyncContextManager, AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -12,24 +16,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 import trio
 
-from .backends import Placement
 from .batch import Batch
 from .errors import Unavailable, Unsupported
-from .instance import InstanceState, InstanceStatistics, ModelInstance
 from .lifecycle import Event, Outcome
 from .observe.cancel_log import log_cancelled
 from .observe.statistics import ModelCounters
 from .request import InferenceRequest, InferenceResponse, ParameterValue, Place
-from .scheduling import SchedulerStatistics, Seat, make_scheduler
 from .scopes import Reason
 from .validation import RequestValidator
 
 if TYPE_CHECKING:
-    from .backends import Backend, ModelContext
+    from .backends import ModelContext
     from .config import ModelConfig
+    from .instance import InstanceStatistics
     from .request import Array
-
-LOGGER = logging.getLogger("triton_trio.model")
+    from .scheduling import SchedulerStatistics
 
 
 class ModelState(StrEnum):
@@ -46,7 +47,7 @@ class ModelStatistics:
     name: str
     version: int
     state: ModelState
-    scheduler: SchedulerStatistics
+    scheduler: SchedulerStatistics | None  #: None for an ensemble: its steps have one each
     instances: tuple[InstanceStatistics, ...]
     in_flight: int
 
@@ -70,38 +71,29 @@ class Responses:
             raise StopAsyncIteration from None
 
 
-class Model:
+class Model(ABC):
     """One version of a model while it is loaded.
 
     Get it from :meth:`InferenceServer.model`.  ``config`` is what clients see; ``context.config``, what the backend
-    sees, also has the tensors that the scheduler adds.  ``release_limit``: see :class:`ModelInstance`;
-    ``initial_states``: see :class:`~triton_trio.scheduling.SequenceTensors`.
+    sees, also has the tensors that the scheduler adds.
     """
 
     def __init__(
-        self,
-        config: ModelConfig,
-        context: ModelContext,
-        *,
-        release_limit: float,
-        watchdogs: trio.Nursery,
-        files: AbstractContextManager[object] | None = None,
-        initial_states: Mapping[str, Array] | None = None,
+        self, config: ModelConfig, context: ModelContext, *, files: AbstractContextManager[object] | None = None
     ) -> None:
         self.context = context
-        self._files = files or nullcontext()
         self.config = config
         self.version = context.version
         self.state = ModelState.LOADING
-        self.scheduler = make_scheduler(config, initial_states)
-        self.instances: list[ModelInstance] = []
         self.counters = ModelCounters()
+        #: Ensembles that have this model as a step.
+        self.users: dict[Model, None] = {}
+        self._files = files or nullcontext()
         self._validator = RequestValidator(config)
-        self._release_limit = release_limit
-        self._watchdogs = watchdogs
         self._scope = trio.CancelScope()
         self._live: dict[InferenceRequest, None] = {}
-        self._drained: trio.Event | None = None
+        self._idle: trio.Event | None = None
+        self._stopping = False
         self._stopped = trio.Event()
         self._task: trio.lowlevel.Task | None = None
 
@@ -111,18 +103,16 @@ class Model:
 
     @property
     def ready(self) -> bool:
-        """Loaded, and with at least one instance that is not quarantined."""
-        return self.state is ModelState.READY and any(
-            instance.state is not InstanceState.QUARANTINED for instance in self.instances
-        )
+        """Whether it takes requests."""
+        return self.state is ModelState.READY
 
     def statistics(self) -> ModelStatistics:
         return ModelStatistics(
             name=self.name,
             version=self.version,
             state=self.state,
-            scheduler=self.scheduler.statistics(),
-            instances=tuple(instance.statistics() for instance in self.instances),
+            scheduler=None,
+            instances=(),
             in_flight=len(self._live),
         )
 
@@ -130,15 +120,9 @@ class Model:
         """For the live tree: where requests wait, and what executes."""
         if self._task is None:
             return
-        if queued := len(self.scheduler):
-            yield self._task, f"queue: {queued} waiting"
         for request in self._live:
             who = f"request #{request.generation}" + (f" '{request.request_id}'" if request.request_id else "")
             yield request.waiting_task or self._task, f"{who} of {self.name}:{self.version}, {request.stage.value}"
-        for instance in self.instances:
-            if instance.task is not None and (batch := instance.batch) is not None:
-                live, all_of_it = len(batch.scope), len(batch.members)
-                yield instance.task, f"batch of {batch.rows} rows: {live} of {all_of_it} requests live"
 
     # Inference
 
@@ -193,8 +177,7 @@ class Model:
             self._check(request)
             return await self._serve(request)
 
-    @asynccontextmanager
-    async def open_responses(self, request: InferenceRequest | Mapping[str, Array]) -> AsyncIterator[Responses]:
+    def open_responses(self, request: InferenceRequest | Mapping[str, Array]) -> AbstractAsyncContextManager[Responses]:
         """Run one request of any model and iterate over its responses; leaving the block early cancels the rest.
 
         ::
@@ -209,10 +192,14 @@ class Model:
         """
         if not isinstance(request, InferenceRequest):
             request = self.request(request)
-        with self._admitted(request):
-            self._check(request)
-            self._enqueue(request)
-            yield Responses(request)
+        return self._open_responses(request)
+
+    @abstractmethod
+    async def _serve(self, request: InferenceRequest) -> InferenceResponse:
+        """Run a request that was admitted and fits; its one response."""
+
+    @abstractmethod
+    def _open_responses(self, request: InferenceRequest) -> AbstractAsyncContextManager[Responses]: ...
 
     def _admitted(self, request: InferenceRequest) -> InferenceRequest:
         request.admit(self.name, self.version, self._on_settled)
@@ -222,38 +209,27 @@ class Model:
 
     def _check(self, request: InferenceRequest) -> None:
         request.batch_size, request.signature = self._validator.check(request)
-        if not self.ready:
+        # What an ensemble in flight still needs of a model that is being unloaded, it gets: otherwise the end of a step's
+        # model would be the end of requests that have their own grace.
+        if not self.ready and (request.parent is None or self._stopping):
             request.settle(Event.REJECT)
             raise Unavailable(f"{request.label}{self._why_unavailable()}")
 
-    async def _serve(self, request: InferenceRequest) -> InferenceResponse:
-        self._enqueue(request)
-        return await request.receive()
-
-    def _enqueue(self, request: InferenceRequest) -> None:
-        try:
-            self.scheduler.enqueue(request)
-        except Unavailable:
-            request.settle(Event.REJECT)
-            raise
-
+    @abstractmethod
     def _why_unavailable(self) -> str:
-        if self.state is ModelState.READY:
-            return f"model '{self.name}' has no instance left: all are quarantined; reload it"
-        return "Server is stopping, scheduler for model has stopped accepting new inference requests"
+        """Why it takes no requests, for clients."""
 
     def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
         del self._live[request]
         self.counters.count_settled(request)
-        self.scheduler.settled(request)
         if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) and not isinstance(place, Batch):
             log_cancelled(request)  # otherwise the batch logs it, when the device has let go
-        if self._drained is not None and not self._live:
-            self._drained.set()
+        if self._idle is not None and not self._live:
+            self._idle.set()
 
     # Life
 
-    async def run(self, backend: Backend, *, task_status: trio.TaskStatus[Model] = trio.TASK_STATUS_IGNORED) -> None:
+    async def run(self, *, task_status: trio.TaskStatus[Model] = trio.TASK_STATUS_IGNORED) -> None:
         """Load, serve until :meth:`stop`, release everything.  Started in the server's models nursery.
 
         **Cancellation:** until ``started()`` it belongs to whoever loads, and leaves nothing behind; afterwards it ends
@@ -261,54 +237,26 @@ class Model:
         """
         self._task = trio.lowlevel.current_task()
         try:
-            with self._scope:
-                async with AsyncExitStack() as stack:
-                    stack.enter_context(self._files)
-                    opened = await stack.enter_async_context(backend.open_model(self.context))
-                    for placement in self._placements():
-                        instance = await stack.enter_async_context(opened.open_instance(placement))
-                        self.instances.append(
-                            ModelInstance(
-                                self,
-                                placement,
-                                instance,
-                                seat=Seat(len(self.instances)),
-                                release_limit=self._release_limit,
-                                watchdogs=self._watchdogs,
-                            )
-                        )
-                    async with trio.open_nursery() as nursery:
-                        for model_instance in self.instances:
-                            # Owner: this nursery.  Ended by the model's scope (unload) or a quarantine.
-                            nursery.start_soon(model_instance.run, name=f"instance {model_instance.name}")
-                        self.scheduler.start(nursery, f"{self.name}:{self.version}")
-                        self.state = ModelState.READY
-                        task_status.started(self)
-                        try:
-                            await trio.sleep_forever()
-                        finally:
-                            # However it ends: nothing new, everybody is told at once, and from now on each device's
-                            # time to let go is limited.
-                            self.begin_unload()
-                            self._cancel_live()
-                            for model_instance in self.instances:
-                                if model_instance.batch is not None:
-                                    model_instance.watch_release(model_instance.batch)
+            with self._scope, self._files:
+                async with self._open():
+                    self.state = ModelState.READY
+                    task_status.started(self)
+                    try:
+                        await trio.sleep_forever()
+                    finally:
+                        # However it ends: nothing new, and everybody is told at once.
+                        self.begin_unload()
+                        self._cancel_live()
         finally:
             self.state = ModelState.UNAVAILABLE
             self._stopped.set()
 
-    def _placements(self) -> list[Placement]:
-        return [
-            Placement(
-                name=f"{group.name or self.name}_{index}",
-                kind=group.kind,
-                device=device,
-            )
-            for group in self.config.instance_groups
-            # `count` is for each listed GPU; without a list, for the one device that the backend chooses.
-            for index, device in enumerate(device for device in group.gpus or (0,) for _ in range(group.count))
-        ]
+    @abstractmethod
+    def _open(self) -> AbstractAsyncContextManager[None]:
+        """Everything that the model holds while it is loaded.
+
+        **Cancellation:** until it is entered, the load is cancelled; leaving it waits until all is released.
+        """
 
     def begin_unload(self) -> None:
         """Accept nothing more; what is in flight goes on.  Sync: the state changes when this returns."""
@@ -320,12 +268,25 @@ class Model:
 
         **Cancellation:** the wait is given up; the model goes on unloading only if somebody calls this again.
         """
-        if self._live:
-            self._drained = trio.Event()
-            with trio.move_on_after(grace):
-                await self._drained.wait()
+        with trio.move_on_after(grace):
+            await self._wait_unneeded()
         self.stop()
         await self.wait_stopped()
+
+    async def _wait_unneeded(self) -> None:
+        """Wait until nothing is in flight here, nor in an ensemble that takes nothing new and may come here yet.
+
+        An ensemble that does take requests has found another version of this model for its steps.
+
+        **Cancellation:** only the wait ends.
+        """
+        for user in tuple(self.users):
+            if not user.ready:
+                await user._wait_unneeded()
+        if self._live:
+            if self._idle is None or self._idle.is_set():
+                self._idle = trio.Event()
+            await self._idle.wait()
 
     async def wait_stopped(self) -> None:
         """Wait until everything is released.  **Cancellation:** only the wait ends."""
@@ -336,13 +297,7 @@ class Model:
         self._cancel_live()
         self._scope.cancel(reason=Reason.MODEL_UNLOADING.value)
 
-    def instance_quarantined(self, instance: ModelInstance) -> None:
-        """If it was the last one, nobody will ever serve what is queued: say so now."""
-        LOGGER.error("model %s: instance %s is quarantined", self.name, instance.name)
-        if not self.ready:
-            for request in tuple(self.scheduler.queued()):
-                request.fail_nowait(Unavailable(f"{request.label}{self._why_unavailable()}"), Event.REJECT)
-
     def _cancel_live(self) -> None:
+        self._stopping = True
         for request in tuple(self._live):
             request.cancel(Reason.MODEL_UNLOADING)

@@ -18,6 +18,7 @@ from .backends import Backend, ModelContext
 from .config import ModelConfig, ignored_fields, load_model_config, read_initial_states, refuse_unsupported
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
+from .scheduled_model import ScheduledModel
 from .scopes import BatchScope, Reason
 from .sent_files import SentFiles
 
@@ -298,19 +299,21 @@ class ModelRepository:
             if version not in entry.models:
                 entry.states[version] = (ModelState.LOADING, "")
         loaded: list[Model] = []
+        model: Model
         try:
             for version in versions:
                 context = ModelContext(config.backend_view(), version, directory, directory / str(version))
-                model = Model(
+                model = ScheduledModel(
                     config,
                     context,
+                    backend,
                     files=sent,
                     initial_states=initial_states,
                     release_limit=self._release_limit,
                     watchdogs=self._watchdogs,
                 )
                 # Until it is started, the model's task belongs to this load and is cancelled with it.
-                await self._nursery.start(model.run, backend, name=f"model {name}:{version}")
+                await self._nursery.start(model.run, name=f"model {name}:{version}")
                 loaded.append(model)
         except BaseException:
             for model in loaded:

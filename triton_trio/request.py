@@ -108,12 +108,14 @@ class InferenceRequest:
         "bound_at",
         "ended_at",
         "enqueued_at",
+        "failed_at",
         "generation",
         "inputs",
         "model_name",
         "model_version",
         "outcome",
         "parameters",
+        "parent",
         "place",
         "priority",
         "queue_deadline",
@@ -166,6 +168,10 @@ class InferenceRequest:
         self.outcome: Outcome | None = None
         self.reason: Reason | None = None
         self.place: Place | None = None
+        #: The ensemble's request of which this is a step.
+        self.parent: InferenceRequest | None = None
+        #: The stage at which it failed, where that is not its own: that of the step which failed.
+        self.failed_at: Stage | None = None
         self.received_at = 0.0
         self.enqueued_at = 0.0
         self.bound_at = 0.0
@@ -283,8 +289,8 @@ class InferenceRequest:
                 self._buffer = deque()
             self._buffer.append(response)
 
-    def fail_nowait(self, error: TritonError, event: Event = Event.FAIL) -> None:
-        """End the request with an error, for the reader to raise; a no-op if it is settled.
+    def fail_nowait(self, error: TritonError, event: Event = Event.FAIL, reason: Reason | None = None) -> None:
+        """End the request with an error, for the reader to raise; a no-op if it is settled.  ``reason`` of a cancel.
 
         Only the error's type and arguments are kept: a stored exception would pin the arrays of every frame it saw.
         """
@@ -292,7 +298,7 @@ class InferenceRequest:
             return
         self._error = (type(error), error.args)
         task, self._consumer = self._consumer, None
-        self.settle(event)
+        self.settle(event, reason)
         if task is not None:
             trio.lowlevel.reschedule(task, outcome.Value(None))
 

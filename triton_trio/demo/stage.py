@@ -11,8 +11,8 @@ import trio
 import tritonclient.grpc as tritonclient
 
 from ..backends.jax.device import WINDOW
-from ..model import Model
 from ..observe import tree
+from ..scheduled_model import ScheduledModel
 from ..server import InferenceServer
 from .clients import Call, Inputs
 from .excerpt import excerpt
@@ -41,7 +41,7 @@ class Stage:
         self.device = device
         self.folder = folder
         self.client = tritonclient.InferenceServerClient(address)
-        self.inpaint: Model = server.model("inpaint")
+        self.inpaint = self.model("inpaint")
         self.picture = landscape()
         self.claims = 0
         self._summary: list[tuple[str, ...]] = []
@@ -119,6 +119,11 @@ class Stage:
         """Ask for a picture over the socket, without waiting for it."""
         return Call(self.client, "inpaint", self.inputs(sweeps, seed=seed), request_id=request_id, timeout=timeout)
 
+    def model(self, name: str) -> ScheduledModel:
+        model = self.server.model(name)
+        assert isinstance(model, ScheduledModel)
+        return model
+
     # Looking at the server from outside, where there is nothing to wait for: the demo asks, again and again
 
     async def until(self, what: str, holds: Callable[[], bool]) -> None:
@@ -141,5 +146,5 @@ class Stage:
         await self.until("nothing is in flight", lambda: self.server.statistics().in_flight == 0)
         await self.until(
             "every instance is idle",
-            lambda: all(i.batch is None for model in self.server.repository.loaded() for i in model.instances),
+            lambda: all(i.members == 0 for model in self.server.statistics().models for i in model.instances),
         )

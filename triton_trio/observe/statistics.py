@@ -112,4 +112,5 @@ def _failure_reason(request: InferenceRequest) -> FailureReason:
         return FailureReason.REJECTED
     if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE):
         return FailureReason.CANCELED
-    return FailureReason.BACKEND if request.stage in (Stage.EXECUTING, Stage.RESPONDING) else FailureReason.OTHER
+    at = request.failed_at or request.stage
+    return FailureReason.BACKEND if at in (Stage.EXECUTING, Stage.RESPONDING) else FailureReason.OTHER

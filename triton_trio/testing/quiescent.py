@@ -9,6 +9,7 @@ from ..instance import InstanceState
 from ..lifecycle import Outcome
 from ..model import Model, ModelState
 from ..observe import tree
+from ..scheduled_model import ScheduledModel
 from ..scheduling import QueueScheduler
 
 if TYPE_CHECKING:
@@ -45,6 +46,16 @@ def _left(server: InferenceServer) -> Iterator[str]:
 def _left_in(model: Model) -> Iterator[str]:
     for request in model._live:
         yield f"live request {request!r}"
+    counters = model.counters
+    if counters.in_flight:
+        yield f"started {counters.started} requests, but the outcomes are {dict(counters.outcomes)}"
+    if sum(counters.reasons.values()) != counters.outcomes[Outcome.CANCELLED] + counters.outcomes[Outcome.DEADLINE]:
+        yield f"the reasons {dict(counters.reasons)} do not add up to the outcomes {dict(counters.outcomes)}"
+    if isinstance(model, ScheduledModel):
+        yield from _left_in_scheduler(model)
+
+
+def _left_in_scheduler(model: ScheduledModel) -> Iterator[str]:
     scheduler = model.scheduler
     for request in scheduler.queued():
         yield f"queued request {request!r}"
@@ -62,8 +73,3 @@ def _left_in(model: Model) -> Iterator[str]:
         waiting += instance.state is InstanceState.IDLE
     if model.state is ModelState.READY and scheduler.statistics().idle_instances != waiting:
         yield f"{scheduler.statistics().idle_instances} instances wait for work, of {waiting} that are idle"
-    counters = model.counters
-    if counters.in_flight:
-        yield f"started {counters.started} requests, but the outcomes are {dict(counters.outcomes)}"
-    if sum(counters.reasons.values()) != counters.outcomes[Outcome.CANCELLED] + counters.outcomes[Outcome.DEADLINE]:
-        yield f"the reasons {dict(counters.reasons)} do not add up to the outcomes {dict(counters.outcomes)}"

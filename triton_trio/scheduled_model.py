@@ -1,0 +1,154 @@
+"""A model that a backend executes: its scheduler, its instances, and how a request comes to them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import AbstractContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import trio
+
+from .backends import Placement
+from .errors import Unavailable
+from .instance import InstanceState, ModelInstance
+from .lifecycle import Event
+from .model import Model, ModelState, ModelStatistics, Responses
+from .scheduling import Seat, make_scheduler
+
+if TYPE_CHECKING:
+    from .backends import Backend, ModelContext
+    from .config import ModelConfig
+    from .request import Array, InferenceRequest, InferenceResponse, Place
+
+LOGGER = logging.getLogger("triton_trio.model")
+
+
+class ScheduledModel(Model):
+    """See :class:`Model`.
+
+    Args:
+      release_limit, watchdogs: see :class:`~triton_trio.instance.ModelInstance`.
+      initial_states: see :class:`~triton_trio.scheduling.SequenceTensors`.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        context: ModelContext,
+        backend: Backend,
+        *,
+        release_limit: float,
+        watchdogs: trio.Nursery,
+        files: AbstractContextManager[object] | None = None,
+        initial_states: Mapping[str, Array] | None = None,
+    ) -> None:
+        super().__init__(config, context, files=files)
+        self.scheduler = make_scheduler(config, initial_states)
+        self.instances: list[ModelInstance] = []
+        self._backend = backend
+        self._release_limit = release_limit
+        self._watchdogs = watchdogs
+
+    @property
+    def ready(self) -> bool:
+        """Loaded, and with at least one instance that is not quarantined."""
+        return self.state is ModelState.READY and any(
+            instance.state is not InstanceState.QUARANTINED for instance in self.instances
+        )
+
+    def statistics(self) -> ModelStatistics:
+        return replace(
+            super().statistics(),
+            scheduler=self.scheduler.statistics(),
+            instances=tuple(instance.statistics() for instance in self.instances),
+        )
+
+    def notes(self) -> Iterator[tuple[trio.lowlevel.Task, str]]:
+        if self._task is not None and (queued := len(self.scheduler)):
+            yield self._task, f"queue: {queued} waiting"
+        yield from super().notes()
+        for instance in self.instances:
+            if instance.task is not None and (batch := instance.batch) is not None:
+                live, all_of_it = len(batch.scope), len(batch.members)
+                yield instance.task, f"batch of {batch.rows} rows: {live} of {all_of_it} requests live"
+
+    # Inference
+
+    async def _serve(self, request: InferenceRequest) -> InferenceResponse:
+        self._enqueue(request)
+        return await request.receive()
+
+    @asynccontextmanager
+    async def _open_responses(self, request: InferenceRequest) -> AsyncIterator[Responses]:
+        with self._admitted(request):
+            self._check(request)
+            self._enqueue(request)
+            yield Responses(request)
+
+    def _enqueue(self, request: InferenceRequest) -> None:
+        try:
+            self.scheduler.enqueue(request)
+        except Unavailable:
+            request.settle(Event.REJECT)
+            raise
+
+    def _why_unavailable(self) -> str:
+        if self.state is ModelState.READY:
+            return f"model '{self.name}' has no instance left: all are quarantined; reload it"
+        return "Server is stopping, scheduler for model has stopped accepting new inference requests"
+
+    def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
+        self.scheduler.settled(request)
+        super()._on_settled(request, place)
+
+    # Life
+
+    @asynccontextmanager
+    async def _open(self) -> AsyncIterator[None]:
+        async with AsyncExitStack() as stack:
+            opened = await stack.enter_async_context(self._backend.open_model(self.context))
+            for placement in self._placements():
+                instance = await stack.enter_async_context(opened.open_instance(placement))
+                self.instances.append(
+                    ModelInstance(
+                        self,
+                        placement,
+                        instance,
+                        seat=Seat(len(self.instances)),
+                        release_limit=self._release_limit,
+                        watchdogs=self._watchdogs,
+                    )
+                )
+            async with trio.open_nursery() as nursery:
+                for model_instance in self.instances:
+                    # Owner: this nursery.  Ended by the model's scope (unload) or a quarantine.
+                    nursery.start_soon(model_instance.run, name=f"instance {model_instance.name}")
+                self.scheduler.start(nursery, f"{self.name}:{self.version}")
+                try:
+                    yield
+                finally:
+                    # From now on each device's time to let go is limited.
+                    for model_instance in self.instances:
+                        if model_instance.batch is not None:
+                            model_instance.watch_release(model_instance.batch)
+
+    def _placements(self) -> list[Placement]:
+        return [
+            Placement(
+                name=f"{group.name or self.name}_{index}",
+                kind=group.kind,
+                device=device,
+            )
+            for group in self.config.instance_groups
+            # `count` is for each listed GPU; without a list, for the one device that the backend chooses.
+            for index, device in enumerate(device for device in group.gpus or (0,) for _ in range(group.count))
+        ]
+
+    def instance_quarantined(self, instance: ModelInstance) -> None:
+        """If it was the last one, nobody will ever serve what is queued: say so now."""
+        LOGGER.error("model %s: instance %s is quarantined", self.name, instance.name)
+        if not self.ready:
+            for request in tuple(self.scheduler.queued()):
+                request.fail_nowait(Unavailable(f"{request.label}{self._why_unavailable()}"), Event.REJECT)
