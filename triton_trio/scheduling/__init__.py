@@ -12,7 +12,11 @@ from .queue import QueueStatistics as QueueStatistics
 from .queue import RequestQueue as RequestQueue
 from .queue import TimeoutAction as TimeoutAction
 from .queue_scheduler import QueueScheduler as QueueScheduler
-from .scheduler import Permit as Permit
+from .rate_limiter import Permit as Permit
+from .rate_limiter import PoolStatistics as PoolStatistics
+from .rate_limiter import RateLimiter as RateLimiter
+from .rate_limiter import RateLimiterStatistics as RateLimiterStatistics
+from .rate_limiter import Resource as Resource
 from .scheduler import Scheduler as Scheduler
 from .scheduler import SchedulerStatistics as SchedulerStatistics
 from .scheduler import Seat as Seat

@@ -42,7 +42,20 @@ class DynamicBatcher(QueueScheduler):
         if preserve_ordering:
             self.order = ResponseOrder()
 
+    def ready_at(self, now: float, seat: Seat) -> float:
+        taken, again_at = self._choose(now)
+        return now if taken else again_at
+
     def form_batch(self, now: float, seat: Seat) -> tuple[Sequence[InferenceRequest], float]:
+        taken, again_at = self._choose(now)
+        for request in taken:
+            self.queue.remove(request)
+        if taken and self._idle and self.queue:
+            # More is waiting than this batch takes, and another instance has nothing to do.
+            self._wake()
+        return taken, again_at
+
+    def _choose(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
         # Take requests in order while they fit and have the same shape.  Then, in this order:
         # 1. a preferred size was met on the way: send up to the largest one met;
         # 2. the next request does not fit (size or shape), or no preferred size is left to wait for: send all taken;
@@ -71,9 +84,4 @@ class DynamicBatcher(QueueScheduler):
             ready_at = oldest + self.max_queue_delay
             if now < ready_at:
                 return (), ready_at
-        for request in taken:
-            self.queue.remove(request)
-        if self._idle and self.queue:
-            # More is waiting than this batch takes, and another instance has nothing to do.
-            self._wake()
         return taken, INF

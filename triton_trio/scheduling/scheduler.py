@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import outcome
 import trio
@@ -21,27 +21,9 @@ if TYPE_CHECKING:
     from ..request import Array, InferenceRequest
     from ..scopes import Reason
     from .queue import QueueStatistics
+    from .rate_limiter import Permit
 
 INF = float("inf")
-
-
-class Permit(Protocol):
-    """The resources that an instance must hold to execute; see :mod:`triton_trio.scheduling.rate_limiter`."""
-
-    @property
-    def held(self) -> bool: ...
-
-    def try_acquire(self) -> bool:
-        """Take the resources now, if they are free and it is this instance's turn."""
-
-    async def wait(self) -> None:
-        """Wait until :meth:`try_acquire` is worth a try.
-
-        **Cancellation:** the instance waits no more, and holds nothing.
-        """
-
-    def release(self) -> None:
-        """Give the resources back; raises if they are not held."""
 
 
 @dataclass(eq=False, slots=True)
@@ -74,6 +56,7 @@ class Scheduler(ABC):
         #: Set where answers must leave in the order of arrival.
         self.order: ResponseOrder | None = None
         self._idle: dict[int, trio.lowlevel.Task] = {}  # by seat, in the order in which they became idle
+        self._in_line: dict[int, Seat] = {}  # those with work, whose resources are not free
 
     @property
     def idle_instances(self) -> int:
@@ -111,10 +94,20 @@ class Scheduler(ABC):
     def leave(self, request: InferenceRequest, reason: Reason) -> None:
         """A waiting request was settled: its place is free when this returns, whether or not an instance is."""
 
+    def ready_at(self, now: float, seat: Seat) -> float:
+        """When there is something to execute on ``seat``: ``now``, later, or never (``inf``).
+
+        Asked only where there is a rate limiter, before an instance stands in its line for nothing, and when what waits
+        here has changed.  To say ``now`` too often does no harm: :meth:`form_batch` decides.
+        """
+        return now if len(self) else INF
+
     def settled(self, request: InferenceRequest) -> None:
         """A request of this scheduler has its outcome, wherever it was; called once, after :meth:`leave`."""
         if self.order is not None:
             self.order.forget(request)
+        if self._in_line:
+            self._leave_line()
 
     def released(self, request: InferenceRequest) -> None:
         """The device holds nothing more for a request that was executed."""
@@ -142,22 +135,49 @@ class Scheduler(ABC):
         **Cancellation:** the instance stops waiting and holds nothing; the queue is untouched.
         """
         permit = seat.permit
-        await trio.lowlevel.checkpoint_if_cancelled()
-        while True:
-            if permit is not None and not permit.try_acquire():
-                await permit.wait()
-                continue
-            # From the resources to the batch without a checkpoint: a request is never cancelled in between.
-            requests, again_at = self.form_batch(trio.current_time(), seat)
-            if requests:
-                return requests
-            if permit is not None:
-                permit.release()
-            if again_at == INF:
-                await self._park(seat)
-            else:
-                with trio.move_on_at(again_at):
+        try:
+            while True:
+                await trio.lowlevel.checkpoint_if_cancelled()
+                now = again_at = trio.current_time()
+                if permit is not None:
+                    again_at = self.ready_at(now, seat)
+                if again_at <= now:
+                    if permit is not None and not permit.acquire_nowait():
+                        self._wake()  # what another instance needs may be free
+                        await self._stand_in_line(seat, permit)
+                        continue
+                    # From the resources to the batch without a checkpoint: a request is never cancelled in between.
+                    requests, again_at = self.form_batch(now, seat)
+                    if requests:
+                        if self._in_line:
+                            self._leave_line()
+                        return requests
+                    if permit is not None:
+                        permit.release(executed=False)
+                elif permit is not None:
+                    permit.leave_line()
+                if again_at == INF:
                     await self._park(seat)
+                else:
+                    with trio.move_on_at(again_at):
+                        await self._park(seat)
+        finally:
+            if permit is not None:
+                permit.leave_line()
+
+    async def _stand_in_line(self, seat: Seat, permit: Permit) -> None:
+        self._in_line[seat.index] = seat
+        try:
+            await permit.wait_turn()
+        finally:
+            del self._in_line[seat.index]
+
+    def _leave_line(self) -> None:
+        """What waited here is less: instances that have nothing to execute any more let others of the line go ahead."""
+        now = trio.current_time()
+        for seat in tuple(self._in_line.values()):
+            if seat.permit is not None and self.ready_at(now, seat) > now:
+                seat.permit.leave_line()
 
     async def _park(self, seat: Seat) -> None:
         self._idle[seat.index] = trio.lowlevel.current_task()
