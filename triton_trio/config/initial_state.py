@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
 
 from ..errors import InvalidArgument
-from ..tensor import byte_size, from_raw
+from ..tensor import Array, byte_size, from_raw
 from .model_config import ModelConfig
 from .scheduling import InitialState
-
-if TYPE_CHECKING:
-    from ..request import Array
 
 DIRECTORY = "initial_state"
 
