@@ -15,6 +15,7 @@ import pytest
 import tritonclient.grpc as tritonclient
 
 from triton_trio.cli import UNSUPPORTED, main, make_parser
+from triton_trio.scheduling import Resource
 
 CONFIG = """backend: "identity"
 input { name: "IN" data_type: TYPE_FP32 dims: [ -1 ] } output { name: "OUT" data_type: TYPE_FP32 dims: [ -1 ] }
@@ -39,6 +40,12 @@ def repository(tmp_path: Path) -> Path:
         (["--model-repository=x", "--load-model=y"], "--load-model needs --model-control-mode=explicit"),
         (["--model-repository=x", "--strict-readiness=maybe"], "expected true or false, got 'maybe'"),
         (["--model-repository=x", "--log-format=xml"], "invalid choice: 'xml'"),
+        (["--model-repository=x", "--rate-limit=some"], "invalid choice: 'some'"),
+        (["--rate-limit-resource=R"], "expected NAME:COUNT or NAME:COUNT:DEVICE, got 'R'"),
+        (["--rate-limit-resource=R:1:2:3"], "expected NAME:COUNT or NAME:COUNT:DEVICE, got 'R:1:2:3'"),
+        (["--rate-limit-resource=:1"], "expected NAME:COUNT or NAME:COUNT:DEVICE, got ':1'"),
+        (["--rate-limit-resource=R:-1"], "COUNT and DEVICE are whole numbers, not negative"),
+        (["--rate-limit-resource=R:1:gpu"], "COUNT and DEVICE are whole numbers, not negative"),
     ],
 )
 def test_a_wrong_flag_says_what_is_wrong(argv: list[str], text: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -75,6 +82,30 @@ def test_flags_as_tritonserver_takes_them() -> None:
     assert args.allow_grpc is True
     assert args.disable_auto_complete_config is True
     assert args.log_verbose == 2
+
+
+def test_rate_limits_as_tritonserver_takes_them() -> None:
+    args = make_parser().parse_args(
+        ["--rate-limit=EXECUTION_COUNT", "--rate-limit-resource=R1:10", "--rate-limit-resource", "R2:5:0"]
+    )
+    assert args.rate_limit == "execution_count"
+    assert args.rate_limit_resource == [Resource("R1", 10), Resource("R2", 5, 0)]
+    assert make_parser().parse_args([]).rate_limit == "off"
+
+
+def test_a_resource_too_small_for_a_model_ends_the_server(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = repository / "fast" / "config.pbtxt"
+    limits = 'rate_limiter { resources { name: "R" count: 4 } }'
+    config.write_text(config.read_text() + f"instance_group {{ kind: KIND_CPU {limits} }}")
+    flags = [f"--model-repository={repository}", "--grpc-port=0", "--rate-limit=execution_count"]
+    assert main([*flags, "--rate-limit-resource=R:3"]) == 1
+    assert 'Resource count for "R" is limited to 3' in capsys.readouterr().err
+
+
+def test_a_resource_without_a_limiter_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "missing"
+    assert main([f"--model-repository={missing}", "--rate-limit-resource=R:3"]) == 1
+    assert "--rate-limit-resource has no effect without --rate-limit=execution_count" in capsys.readouterr().err
 
 
 def test_a_model_that_does_not_load_ends_the_server_with_its_file_and_line(

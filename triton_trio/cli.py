@@ -23,6 +23,7 @@ from .errors import TritonError
 from .grpc.frontend import serve_grpc
 from .grpc.server import GrpcOptions
 from .observe.logs import configure_logging
+from .scheduling import Resource
 from .server import InferenceServer, open_server
 
 LOGGER = logging.getLogger("triton_trio")
@@ -38,7 +39,6 @@ UNSUPPORTED = {
         "metrics-config"
     ),
     "tracing is not supported yet": "trace-config trace-file trace-level trace-rate trace-count trace-log-frequency",
-    "the rate limiter is not supported yet": "rate-limit rate-limit-resource",
     "the response cache is not supported yet": "cache-config cache-directory response-cache-byte-size",
     "shared memory is not supported yet": "allow-client-shm",
     "there is nothing like it in this server": (
@@ -60,6 +60,16 @@ def _flag(text: str) -> bool:
     if text.lower() in ("false", "0", "off", "no"):
         return False
     raise argparse.ArgumentTypeError(f"expected true or false, got '{text}'")
+
+
+def _resource(text: str) -> Resource:
+    form = f"expected NAME:COUNT or NAME:COUNT:DEVICE, got '{text}'"
+    name, *numbers = text.split(":")
+    if not name or len(numbers) not in (1, 2):
+        raise argparse.ArgumentTypeError(form)
+    if not all(number.isdecimal() for number in numbers):
+        raise argparse.ArgumentTypeError(f"{form}: COUNT and DEVICE are whole numbers, not negative")
+    return Resource(name, *map(int, numbers))
 
 
 class _Unsupported(argparse.Action):
@@ -98,6 +108,22 @@ def make_parser() -> argparse.ArgumentParser:
         default=10.0,
         metavar="S",
         help="time a device has to let go of cancelled work before its instance is quarantined (default 10)",
+    )
+
+    models(
+        "--rate-limit",
+        type=str.lower,
+        choices=["off", "execution_count"],
+        default="off",
+        help="execution_count: an instance executes while it holds what instance_group.rate_limiter lists (default off)",
+    )
+    models(
+        "--rate-limit-resource",
+        type=_resource,
+        action="append",
+        default=[],
+        metavar="NAME:COUNT[:DEVICE]",
+        help="how much there is of a resource (on each device, or on one); default: the greatest need of an instance",
     )
 
     grpc = parser.add_argument_group("gRPC").add_argument
@@ -141,6 +167,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error("--model-control-mode=poll is not supported: use none, or explicit and RepositoryModelLoad")
     if args.load_model and args.model_control_mode != "explicit":
         parser.error("--load-model needs --model-control-mode=explicit")
+    if args.rate_limit_resource and args.rate_limit == "off":
+        args.warnings.append("--rate-limit-resource has no effect without --rate-limit=execution_count")
+        args.rate_limit_resource = []
     if not args.model_repository:
         parser.error("--model-repository is needed: a directory that holds a directory for each model")
     configure_logging(
@@ -181,6 +210,8 @@ async def _serve(args: argparse.Namespace) -> None:
         exit_on_error=args.exit_on_error,
         release_limit=args.release_timeout_secs,
         unload_grace=args.exit_timeout_secs,
+        rate_limit=args.rate_limit,
+        resources=args.rate_limit_resource,
     ) as server:
         if args.allow_grpc:
             addresses = await serve_grpc(

@@ -19,6 +19,7 @@ from .config import ModelConfig, ignored_fields, load_model_config, read_initial
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
 from .scheduled_model import ScheduledModel
+from .scheduling import RateLimiter
 from .scopes import BatchScope, Reason
 from .sent_files import SentFiles
 
@@ -75,6 +76,7 @@ class ModelRepository:
       strict_config: no auto-complete (``--disable-auto-complete-config``).
       release_limit: see :class:`~triton_trio.instance.ModelInstance`.
       unload_grace: seconds that requests in flight have when their model is unloaded.
+      limiter: None if the server does not limit rates.
     """
 
     def __init__(
@@ -88,9 +90,11 @@ class ModelRepository:
         strict_config: bool = False,
         release_limit: float = 10.0,
         unload_grace: float = 30.0,
+        limiter: RateLimiter | None = None,
     ) -> None:
         self.paths = tuple(paths)
         self.explicit = explicit
+        self.limiter = limiter
         self._makers = backends
         self._backends: dict[str, Backend] = {}
         self._nursery = models
@@ -311,6 +315,7 @@ class ModelRepository:
                     initial_states=initial_states,
                     release_limit=self._release_limit,
                     watchdogs=self._watchdogs,
+                    limiter=self.limiter,
                 )
                 # Until it is started, the model's task belongs to this load and is cancelled with it.
                 await self._nursery.start(model.run, name=f"model {name}:{version}")

@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING
 import trio
 
 from .backends import Placement
-from .errors import Unavailable
+from .errors import InvalidArgument, Unavailable
 from .instance import InstanceState, ModelInstance
 from .lifecycle import Event
 from .model import Model, ModelState, ModelStatistics, Responses
-from .scheduling import Seat, make_scheduler
+from .scheduling import Permit, RateLimiter, Seat, make_scheduler
 
 if TYPE_CHECKING:
     from .backends import Backend, ModelContext
-    from .config import ModelConfig
+    from .config import InstanceGroup, ModelConfig
     from .request import Array, InferenceRequest, InferenceResponse, Place
 
 LOGGER = logging.getLogger("triton_trio.model")
@@ -31,6 +31,7 @@ class ScheduledModel(Model):
     Args:
       release_limit, watchdogs: see :class:`~triton_trio.instance.ModelInstance`.
       initial_states: see :class:`~triton_trio.scheduling.SequenceTensors`.
+      limiter: None if the server does not limit rates: then instances hold nothing, and it costs nothing.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class ScheduledModel(Model):
         watchdogs: trio.Nursery,
         files: AbstractContextManager[object] | None = None,
         initial_states: Mapping[str, Array] | None = None,
+        limiter: RateLimiter | None = None,
     ) -> None:
         super().__init__(config, context, files=files)
         self.scheduler = make_scheduler(config, initial_states)
@@ -50,6 +52,7 @@ class ScheduledModel(Model):
         self._backend = backend
         self._release_limit = release_limit
         self._watchdogs = watchdogs
+        self._limiter = limiter
 
     @property
     def ready(self) -> bool:
@@ -73,6 +76,8 @@ class ScheduledModel(Model):
             if instance.task is not None and (batch := instance.batch) is not None:
                 live, all_of_it = len(batch.scope), len(batch.members)
                 yield instance.task, f"batch of {batch.rows} rows: {live} of {all_of_it} requests live"
+            elif instance.task is not None and (permit := instance.seat.permit) is not None and permit.waiting:
+                yield instance.task, f"waits for {permit}"
 
     # Inference
 
@@ -108,15 +113,21 @@ class ScheduledModel(Model):
     @asynccontextmanager
     async def _open(self) -> AsyncIterator[None]:
         async with AsyncExitStack() as stack:
+            # First of all: a model that could never execute is not worth loading.
+            places = [
+                (placement, group, self._register(stack, placement, group)) for placement, group in self._placements()
+            ]
             opened = await stack.enter_async_context(self._backend.open_model(self.context))
-            for placement in self._placements():
+            for placement, group, permit in places:
                 instance = await stack.enter_async_context(opened.open_instance(placement))
+                if group.passive:
+                    continue
                 self.instances.append(
                     ModelInstance(
                         self,
                         placement,
                         instance,
-                        seat=Seat(len(self.instances)),
+                        seat=Seat(len(self.instances), permit),
                         release_limit=self._release_limit,
                         watchdogs=self._watchdogs,
                     )
@@ -134,13 +145,18 @@ class ScheduledModel(Model):
                         if model_instance.batch is not None:
                             model_instance.watch_release(model_instance.batch)
 
-    def _placements(self) -> list[Placement]:
-        return [
-            Placement(
-                name=f"{group.name or self.name}_{index}",
-                kind=group.kind,
-                device=device,
+    def _register(self, stack: AsyncExitStack, placement: Placement, group: InstanceGroup) -> Permit | None:
+        if self._limiter is None or group.passive:
+            return None
+        return stack.enter_context(self._limiter.register(placement.name, placement.device, group.rate_limiter))
+
+    def _placements(self) -> list[tuple[Placement, InstanceGroup]]:
+        if all(group.passive for group in self.config.instance_groups):
+            raise InvalidArgument(
+                f"model '{self.name}': every instance group is passive, so nobody would serve its requests"
             )
+        return [
+            (Placement(name=f"{group.name or self.name}_{index}", kind=group.kind, device=device), group)
             for group in self.config.instance_groups
             # `count` is for each listed GPU; without a list, for the one device that the backend chooses.
             for index, device in enumerate(device for device in group.gpus or (0,) for _ in range(group.count))

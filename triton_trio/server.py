@@ -18,7 +18,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import trio
 
@@ -28,6 +28,7 @@ from .groups import without_groups
 from .model import Model, ModelStatistics
 from .observe import name_nursery
 from .repository import ModelRepository
+from .scheduling import RateLimiter, RateLimiterStatistics, Resource
 from .scopes import Reason
 
 LOGGER = logging.getLogger("triton_trio.server")
@@ -59,6 +60,7 @@ class ServerStatistics:
     draining: bool
     in_flight: int  #: requests of all models
     models: tuple[ModelStatistics, ...]
+    rate_limiter: RateLimiterStatistics | None  #: None: rates are not limited
 
 
 class InferenceServer:
@@ -101,6 +103,7 @@ class InferenceServer:
             draining=self.draining,
             in_flight=sum(model.in_flight for model in models),
             models=models,
+            rate_limiter=None if self.repository.limiter is None else self.repository.limiter.statistics(),
         )
 
     def model(self, name: str, version: int | None = None) -> Model:
@@ -174,6 +177,8 @@ async def open_server(
     exit_on_error: bool = True,
     release_limit: float = 10.0,
     unload_grace: float = 30.0,
+    rate_limit: Literal["off", "execution_count"] = "off",
+    resources: Sequence[Resource] = (),
 ) -> AsyncIterator[InferenceServer]:
     """Open a server in the caller's Trio program; leaving the block shuts it down.
 
@@ -193,6 +198,9 @@ async def open_server(
       exit_on_error: raise if a model fails to load at the start; otherwise serve the others.
       release_limit: seconds a device may take to let go of cancelled work before its instance is quarantined.
       unload_grace: seconds that requests in flight have when their model is unloaded.
+      rate_limit: ``execution_count``: an instance executes while it holds what its ``rate_limiter`` lists in config.pbtxt.
+      resources: how much there is, instead of the greatest need of any instance; see
+        :class:`~triton_trio.scheduling.RateLimiter`.
 
     Raises:
       TritonError: a model failed to load at the start (with ``exit_on_error``); names file and field.
@@ -200,6 +208,10 @@ async def open_server(
     **Cancellation:** cancelling the scope around the block cancels frontends, then models, and waits for the devices
     (at most ``release_limit``).  Nothing is left running.
     """
+    if rate_limit not in ("off", "execution_count"):
+        raise ValueError(f"rate_limit is 'off' or 'execution_count', not {rate_limit!r}")
+    if resources and rate_limit == "off":
+        raise ValueError("resources have no effect without rate_limit='execution_count'")
     paths = [model_repository] if isinstance(model_repository, str | PathLike) else model_repository
     # Watchdogs are outermost: they bound how long leaving everything inside may take.
     with without_groups(nurseries=3):
@@ -215,6 +227,7 @@ async def open_server(
                     strict_config=strict_config,
                     release_limit=release_limit,
                     unload_grace=unload_grace,
+                    limiter=RateLimiter(resources) if rate_limit == "execution_count" else None,
                 )
                 name_nursery(models, "models", repository.notes)
                 async with trio.open_nursery() as frontends:

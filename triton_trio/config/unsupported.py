@@ -30,6 +30,4 @@ def ignored_fields(config: ModelConfig) -> list[str]:
     found = [f"{name}: {why}" for name, why in _IGNORED.items() if name in present]
     if config.response_cache:
         found.append("response_cache: the response cache is not supported yet")
-    if any(group.rate_limiter.resources for group in config.instance_groups):
-        found.append("instance_group.rate_limiter: the rate limiter is not supported yet")
     return found

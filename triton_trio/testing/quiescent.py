@@ -38,6 +38,10 @@ def _left(server: InferenceServer) -> Iterator[str]:
             yield f"task '{task.name}' in the models nursery"
     for task in repository._watchdogs.child_tasks:
         yield f"task '{task.name}' in the watchdogs nursery"
+    if repository.limiter is not None:
+        limited = repository.limiter.statistics()
+        if limited.waiters or any(pool.in_use for pool in limited.resources):
+            yield f"the rate limiter: {limited}"
     for model in repository.loaded():
         for what in _left_in(model):
             yield f"model {model.name}:{model.version}: {what}"
