@@ -104,7 +104,18 @@ class Model(ABC):
     @property
     def ready(self) -> bool:
         """Whether it takes requests."""
-        return self.state is ModelState.READY
+        return self.state is ModelState.READY and self._able()
+
+    @abstractmethod
+    def _able(self) -> bool:
+        """Whether there is something to run a request, apart from the model's state."""
+
+    def takes_steps(self) -> bool:
+        """Whether it takes requests that are steps of an ensemble's request in flight: also while it is being unloaded.
+
+        Otherwise the end of a step's model would be the end of requests that have a grace of their own.
+        """
+        return self.state in (ModelState.READY, ModelState.UNLOADING) and not self._stopping and self._able()
 
     def statistics(self) -> ModelStatistics:
         return ModelStatistics(
@@ -209,15 +220,17 @@ class Model(ABC):
 
     def _check(self, request: InferenceRequest) -> None:
         request.batch_size, request.signature = self._validator.check(request)
-        # What an ensemble in flight still needs of a model that is being unloaded, it gets: otherwise the end of a step's
-        # model would be the end of requests that have their own grace.
-        if not self.ready and (request.parent is None or self._stopping):
+        if not self.ready and not self._finishes(request):
             request.settle(Event.REJECT)
             raise Unavailable(f"{request.label}{self._why_unavailable()}")
 
-    @abstractmethod
+    def _finishes(self, request: InferenceRequest) -> bool:
+        """Whether it takes this one, for the sake of what is in flight, though it is not :attr:`ready`."""
+        return request.parent is not None and self.takes_steps()
+
     def _why_unavailable(self) -> str:
         """Why it takes no requests, for clients."""
+        return "Server is stopping, scheduler for model has stopped accepting new inference requests"
 
     def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
         del self._live[request]

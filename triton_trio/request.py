@@ -130,6 +130,7 @@ class InferenceRequest:
         "signature",
         "stage",
         "timeout_us",
+        "why",
     )
 
     def __init__(
@@ -167,6 +168,8 @@ class InferenceRequest:
         self.stage = Stage.RECEIVED
         self.outcome: Outcome | None = None
         self.reason: Reason | None = None
+        #: What there is to say of the reason, for the message.
+        self.why = ""
         self.place: Place | None = None
         #: The ensemble's request of which this is a step.
         self.parent: InferenceRequest | None = None
@@ -211,8 +214,13 @@ class InferenceRequest:
 
     # Cancelling
 
-    def cancel(self, reason: Reason = Reason.ADMIN) -> None:
-        """Cancel this request, from any task; whoever awaits it gets :exc:`RequestCancelled` with the reason."""
+    def cancel(self, reason: Reason = Reason.ADMIN, why: str = "") -> None:
+        """Cancel this request, from any task; whoever awaits it gets :exc:`RequestCancelled` with the reason.
+
+        ``why`` is added to a message that has room for it.
+        """
+        if self.outcome is None:
+            self.why = why
         if self._on_settled is not None:
             # Now, and not when the caller's task comes to its next checkpoint: it may be busy writing to a slow client.
             self._settle_cancelled(reason)
@@ -387,6 +395,8 @@ class InferenceRequest:
             return Unavailable(f"{self.label}request cancelled while {self.stage.value}: {what}")
         if reason is Reason.SEQUENCE_CANCELLED:
             what = f"sequence {self.sequence_id} of model '{self.model_name}' was cancelled"
+            if self.why:
+                what += f": {self.why}"
             return RequestCancelled(f"{self.label}request cancelled while {self.stage.value}: {what}", reason.value)
         return RequestCancelled(f"{self.label}request cancelled while {self.stage.value}: {reason.value}", reason.value)
 

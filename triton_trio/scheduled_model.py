@@ -54,12 +54,9 @@ class ScheduledModel(Model):
         self._watchdogs = watchdogs
         self._limiter = limiter
 
-    @property
-    def ready(self) -> bool:
-        """Loaded, and with at least one instance that is not quarantined."""
-        return self.state is ModelState.READY and any(
-            instance.state is not InstanceState.QUARANTINED for instance in self.instances
-        )
+    def _able(self) -> bool:
+        """Whether at least one instance is not quarantined."""
+        return any(instance.state is not InstanceState.QUARANTINED for instance in self.instances)
 
     def statistics(self) -> ModelStatistics:
         return replace(
@@ -72,6 +69,7 @@ class ScheduledModel(Model):
         if self._task is not None and (queued := len(self.scheduler)):
             yield self._task, f"queue: {queued} waiting"
         yield from super().notes()
+        yield from self.scheduler.notes()
         for instance in self.instances:
             if instance.task is not None and (batch := instance.batch) is not None:
                 live, all_of_it = len(batch.scope), len(batch.members)
@@ -99,10 +97,13 @@ class ScheduledModel(Model):
             request.settle(Event.REJECT)
             raise
 
+    def _finishes(self, request: InferenceRequest) -> bool:
+        return super()._finishes(request) or (self.takes_steps() and self.scheduler.continues(request))
+
     def _why_unavailable(self) -> str:
         if self.state is ModelState.READY:
             return f"model '{self.name}' has no instance left: all are quarantined; reload it"
-        return "Server is stopping, scheduler for model has stopped accepting new inference requests"
+        return super()._why_unavailable()
 
     def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
         self.scheduler.settled(request)
@@ -127,7 +128,13 @@ class ScheduledModel(Model):
                         self,
                         placement,
                         instance,
-                        seat=Seat(len(self.instances), permit),
+                        seat=Seat(
+                            len(self.instances),
+                            permit,
+                            name=placement.name,
+                            release_limit=self._release_limit,
+                            on_sequence_end=instance.on_sequence_end,
+                        ),
                         release_limit=self._release_limit,
                         watchdogs=self._watchdogs,
                     )
@@ -162,9 +169,15 @@ class ScheduledModel(Model):
             for index, device in enumerate(device for device in group.gpus or (0,) for _ in range(group.count))
         ]
 
+    async def _wait_unneeded(self) -> None:
+        await super()._wait_unneeded()
+        await self.scheduler.wait_drained()
+        await super()._wait_unneeded()
+
     def instance_quarantined(self, instance: ModelInstance) -> None:
         """If it was the last one, nobody will ever serve what is queued: say so now."""
         LOGGER.error("model %s: instance %s is quarantined", self.name, instance.name)
+        self.scheduler.quarantined(instance.seat)
         if not self.ready:
             for request in tuple(self.scheduler.queued()):
                 request.fail_nowait(Unavailable(f"{request.label}{self._why_unavailable()}"), Event.REJECT)

@@ -7,13 +7,17 @@ A request waits in one branch, the execution that serves it runs in another, and
 :class:`BatchScope` ("all")
     Members share one execution.  A member that is cancelled leaves; when the *last* one has left, the execution is
     cancelled.  So one client can never stop a batch that another client still wants.
+:class:`SequenceScope` ("any")
+    Members are requests of one sequence, and each needs the state that those before it have left.  When *any* member is
+    cancelled, the scope is cancelled and with it all members, for none of them can be answered any more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Iterable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import trio
 
@@ -26,7 +30,7 @@ class Reason(StrEnum):
     CLIENT_RESET = "client_reset"  #: RST_STREAM: the client cancelled the call
     CONNECTION_LOST = "connection_lost"  #: FIN, TCP reset, GOAWAY of a dying peer, keepalive timeout
     DEADLINE = "deadline"  #: ``grpc-timeout``, or a deadline on the caller's scope, has passed
-    SEQUENCE_CANCELLED = "sequence_cancelled"  #: another request of the sequence was cancelled
+    SEQUENCE_CANCELLED = "sequence_cancelled"  #: its sequence was: another request of it, or by a START on its ID
     ADMIN = "admin"  #: somebody asked the server to cancel it
     SLOW_CONSUMER = "slow_consumer"  #: the client did not read its responses for the stall limit
     MODEL_UNLOADING = "model_unloading"
@@ -97,3 +101,99 @@ class BatchScope(Generic[MemberT]):
     def discard(self, member: MemberT) -> None:
         """``member`` has got what it came for.  Never cancels: the work that served everybody ends by itself."""
         self._members.pop(member, None)
+
+
+class Cancellable(Hashable, Protocol):
+    """A member of a :class:`SequenceScope`; cancelling it may come back as :meth:`SequenceScope.leave`, to no effect."""
+
+    def cancel(self, reason: Reason, why: str) -> None: ...
+
+
+CancellableT = TypeVar("CancellableT", bound=Cancellable)
+
+#: Reasons that are as true of a member's mates as of itself.
+_OF_ALL = frozenset({Reason.MODEL_UNLOADING, Reason.SERVER_DRAIN})
+
+
+class SequenceScope(Generic[CancellableT]):
+    """Joins the members of a sequence to the scope it lives in: cancelled with all of them when any of them is.
+
+    The sequence lives as ``with sequence_scope.cancel_scope: ...`` in a task of its own, never in a member's.  Members
+    :meth:`leave` (cancelled) or are :meth:`discard`-ed (served); both are synchronous.
+
+    **Cancellation:** all members have been cancelled when :meth:`cancel` or the first :meth:`leave` returns; the task sees
+    an ordinary ``Cancelled`` at its next checkpoint.  Nobody can join afterwards.
+    """
+
+    __slots__ = ("_members", "cancel_scope")
+
+    def __init__(self, members: Iterable[CancellableT] = ()) -> None:
+        self.cancel_scope = trio.CancelScope()
+        self._members: dict[CancellableT, None] = dict.fromkeys(members)
+
+    def __len__(self) -> int:
+        return len(self._members)
+
+    def __iter__(self) -> Iterator[CancellableT]:
+        return iter(tuple(self._members))
+
+    def __contains__(self, member: object) -> bool:
+        return member in self._members
+
+    def __repr__(self) -> str:
+        state = "cancelled" if self.cancel_scope.cancel_called else f"{len(self._members)} members"
+        return f"<SequenceScope {state}>"
+
+    def join(self, member: CancellableT) -> bool:
+        """Add ``member``; False if the sequence was already cancelled."""
+        if self.cancel_scope.cancel_called:
+            return False
+        self._members[member] = None
+        return True
+
+    def leave(self, member: CancellableT, reason: Reason, why: str = "") -> bool:
+        """``member`` was cancelled, and so are all others; False if it was none any more."""
+        if member not in self._members:
+            return False
+        del self._members[member]
+        return self.cancel(reason, why)
+
+    def discard(self, member: CancellableT) -> None:
+        """``member`` has got what it came for.  Cancels nobody."""
+        self._members.pop(member, None)
+
+    def cancel(self, reason: Reason, why: str = "") -> bool:
+        """Cancel the sequence and all members, now; False if it was cancelled before.
+
+        Members get ``why``, and :attr:`Reason.SEQUENCE_CANCELLED` instead of a reason that is one member's own.
+        """
+        if self.cancel_scope.cancel_called:
+            return False
+        # First the scope: what a member's cancel sets off finds the decision made.
+        self.cancel_scope.cancel(reason=reason.value)
+        members, self._members = self._members, {}
+        for member in members:
+            member.cancel(reason if reason in _OF_ALL else Reason.SEQUENCE_CANCELLED, why)
+        return True
+
+
+class SequenceEndCause(StrEnum):
+    """How a sequence ended.  A closed set."""
+
+    END = "end"  #: its END request has been executed
+    CANCELLED = "cancelled"  #: one of its requests was
+    IDLE = "idle"  #: no request came for ``max_sequence_idle_microseconds``
+    TIMEOUT = "timeout"  #: it got no slot within the time that a request of it allowed
+    RESTARTED = "restarted"  #: a START came for its correlation ID
+    UNLOADING = "unloading"  #: its model is being unloaded
+    QUARANTINED = "quarantined"  #: its instance gets no more work
+
+
+@dataclass(frozen=True, slots=True)
+class SequenceEnd:
+    """What a model is told when one of its sequences has ended."""
+
+    sequence_id: int | str  #: the correlation ID: a label, which a later sequence may have again
+    generation: int  #: the server's own identity of the sequence
+    cause: SequenceEndCause
+    reason: Reason | None = None  #: with ``CANCELLED``: of the request that was cancelled

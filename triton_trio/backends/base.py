@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from ..batch import Batch
     from ..config import ModelConfig
+    from ..scopes import SequenceEnd
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,17 @@ class BackendInstance(ABC):
         passed through, the device must be idle for this batch and its memory free: a backend whose device runs on
         waits for it here, and the server's watchdog bounds that wait with :meth:`abandon`.
         """
+
+    def on_sequence_end(self, end: SequenceEnd) -> None:
+        """A sequence that was executed here has ended: forget what the model keeps for it.  Default: nothing.
+
+        Called at most once for each, when the device has let go of its last request and before its slot is taken
+        again; no request of the same correlation ID is executed in between.  Sync, and between two scheduling
+        decisions: it must not block.  An exception is logged and changes nothing.
+
+        A quarantined instance is told, too; its device may still be at work.
+        """
+        return
 
     def statistics(self) -> object | None:
         """What the backend counts for this instance: a frozen object with named fields, or None."""

@@ -18,8 +18,6 @@ _IGNORED = {
 
 def refuse_unsupported(config: ModelConfig) -> None:
     """Raise :exc:`Unsupported` for what would change the model's answers if it were left out."""
-    if config.sequence_batching is not None:
-        raise Unsupported(f"model '{config.name}': sequence_batching is not supported yet")
     if config.ensemble_scheduling is not None:
         raise Unsupported(f"model '{config.name}': ensemble_scheduling is not supported yet")
 

@@ -8,7 +8,7 @@ Nothing is prefetched, so there is no gap between scheduler and device in which 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,7 +19,7 @@ from .ordering import ResponseOrder
 
 if TYPE_CHECKING:
     from ..request import Array, InferenceRequest
-    from ..scopes import Reason
+    from ..scopes import Reason, SequenceEnd
     from .queue import QueueStatistics
     from .rate_limiter import Permit
 
@@ -32,6 +32,9 @@ class Seat:
 
     index: int = 0  #: among the model's instances
     permit: Permit | None = None  #: None: no rate limiter
+    name: str = ""
+    release_limit: float = INF  #: seconds within which its device lets go of what nobody wants, or it is quarantined
+    on_sequence_end: Callable[[SequenceEnd], None] = lambda end: None
 
     def give_back(self) -> None:
         """The instance executes no more, for now."""
@@ -77,6 +80,21 @@ class Scheduler(ABC):
         """The model is ready: start the tasks that the scheduler needs, in the model's own nursery.  Sync."""
         return
 
+    def notes(self) -> Iterator[tuple[trio.lowlevel.Task, str]]:
+        """For the live tree: what there is to say of those tasks."""
+        return iter(())
+
+    def continues(self, request: InferenceRequest) -> bool:
+        """Whether ``request`` is part of something that has begun, and may go on while the model is being unloaded."""
+        return False
+
+    async def wait_drained(self) -> None:
+        """Wait until everything that has begun has ended, and no more requests of it are to be expected.
+
+        **Cancellation:** only the wait ends.
+        """
+        return
+
     # Decide
 
     @abstractmethod
@@ -111,6 +129,10 @@ class Scheduler(ABC):
 
     def released(self, request: InferenceRequest) -> None:
         """The device holds nothing more for a request that was executed."""
+        return
+
+    def quarantined(self, seat: Seat) -> None:
+        """That instance will never ask for work again, and its device may hold what it has for ever.  Sync."""
         return
 
     def rescheduled(self, request: InferenceRequest) -> None:
