@@ -190,3 +190,37 @@ async def test_clients_neither_send_nor_see_what_the_batcher_adds(tmp_path: Path
                 await model.infer(sent)
         assert await play(model, 1, 4) == sums(1, 4)
         assert [spec.name for spec in model.config.inputs] == ["X"]
+
+
+@STRATEGIES
+async def test_a_state_may_grow_and_only_states_of_one_length_share_a_batch(tmp_path: Path, strategy: str) -> None:
+    code = """
+    import jax.numpy as jnp
+
+    def apply(params, inputs):
+        history = jnp.concatenate([inputs["PAST"], inputs["X"]])
+        return {"Y": history, "HISTORY": history}
+    """
+    config = """
+    input [{ name: "X" data_type: TYPE_INT32 dims: [1] }] output [{ name: "Y" data_type: TYPE_INT32 dims: [-1] }]
+    sequence_batching {
+      state { input_name: "PAST" output_name: "HISTORY" data_type: TYPE_INT32 dims: [-1]
+        initial_state { name: "nothing" data_type: TYPE_INT32 dims: [0] zero_data: true } }
+    """
+    write_model(tmp_path, code, config + strategy + IDLE + "}", max_batch_size=4)
+    histories: dict[int, list[int]] = {}
+    async with serve(tmp_path) as server:
+        model = server.model("m")
+
+        async def client(sequence: int) -> None:
+            for index in range(sequence):
+                response = await model.infer(request(model, sequence, index, start=index == 0))
+            histories[sequence] = response.outputs["Y"].ravel().tolist()
+
+        for late in (2, 3):
+            await client(late)
+        async with trio.open_nursery() as clients:
+            for sequence in (1, 4):
+                clients.start_soon(client, sequence, name=f"sequence {sequence}")
+            clients.start_soon(model.infer, request(model, 3, 3))
+    assert histories == {sequence: list(range(sequence)) for sequence in range(1, 5)}
