@@ -100,6 +100,10 @@ class SequenceBatcher(Scheduler):
     def queued(self) -> Iterator[InferenceRequest]:
         return iter(self._waiting)
 
+    def sequences(self) -> Iterator[InferenceSequence]:
+        """Every sequence that has not given everything back, the oldest first."""
+        return iter(self._sequences)
+
     def statistics(self) -> SequenceStatistics:
         queued = len(self._waiting)
         return SequenceStatistics(
@@ -176,9 +180,20 @@ class SequenceBatcher(Scheduler):
         if request.outcome is not None:
             return  # cancelled, and computed to the end: this was the end
         sequence = self._sequence_of[request]
+        now = trio.current_time()
+        took = now - request.bound_at
+        if took > self._options.idle_limit:
+            # Triton counts the time on the device as idle here: by now the sequence is gone, and this is nobody's request.
+            request.fail_nowait(
+                InvalidArgument(
+                    f"{self._must_start(request)}; the model asked for another execution of it after {took:g} s, when "
+                    "its sequence had ended: raise max_sequence_idle_microseconds"
+                )
+            )
+            return
         request.advance(Event.RESCHEDULE)
         request.place = self
-        request.enqueued_at, request.bound_at = trio.current_time(), 0.0
+        request.enqueued_at, request.bound_at = now, 0.0
         self._waiting[request] = None
         sequence.reschedule(request)
 
@@ -231,11 +246,14 @@ class SequenceBatcher(Scheduler):
                 )
             return self._begin(sequence_id)
         if live is None:
-            raise InvalidArgument(
-                f"inference request for sequence {sequence_id} to model '{self._model_name}' must specify the START "
-                "flag on the first request of the sequence"
-            )
+            raise InvalidArgument(self._must_start(request))
         return live
+
+    def _must_start(self, request: InferenceRequest) -> str:
+        return (
+            f"inference request for sequence {request.sequence_id} to model '{self._model_name}' must specify the START "
+            "flag on the first request of the sequence"
+        )
 
     def _begin(self, sequence_id: int | str, *, nameless: bool = False) -> InferenceSequence:
         sequence = InferenceSequence(
