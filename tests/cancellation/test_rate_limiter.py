@@ -269,6 +269,21 @@ async def test_L0_rate_limiter_single_model_per_instance(serve: Serve) -> None:
                 execution.finish()
 
 
+async def test_an_instance_that_must_wait_passes_the_wake_up_on(serve: Serve) -> None:
+    """One request, and the instance that is woken for it cannot execute: the other one does, and the first lets go."""
+    one = limited('resources { name: "R" count: 1 }').replace("kind:", 'name: "r", kind:')
+    two = one.replace("} }]", '} }, { name: "s", kind: KIND_CPU }]')
+    backend = ScriptedBackend()
+    async with serving(serve, {"holder": one, "m": two}, backend) as server:
+        async with calling(server.model("holder")) as holders, calling(server.model("m")) as callers:
+            await holders.call("h")
+            await callers.call("a")
+            assert [execution.instance for execution in backend.running] == ["r_0", "s_0"]
+            assert in_line(server) == 0
+            for execution in backend.running:
+                execution.finish()
+
+
 async def test_A4_one_who_goes_lets_the_next_model_have_it(serve: Serve) -> None:
     """b needs two and stands before c, who needs one; one is free.  b's request goes: c executes at once."""
     one, two = 'resources { name: "R" count: 1 }', 'resources { name: "R" count: 2 }'

@@ -1,17 +1,21 @@
-"""The rate limiter without a server and without a loop: who gets what, and in which order."""
+"""The rate limiter without a server: who gets what, and in which order."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from typing import ClassVar
 
 import pytest
+import trio
+from trio.testing import wait_all_tasks_blocked
 
+from tests.scheduling.requests import admitted, make
 from triton_trio import InvalidArgument
 from triton_trio.config import RateLimiter as Limits
 from triton_trio.config import RateLimiterResource
-from triton_trio.scheduling import Permit, RateLimiter, Resource
+from triton_trio.request import InferenceRequest
+from triton_trio.scheduling import DefaultScheduler, Permit, RateLimiter, Resource, Scheduler, Seat
 
 
 class World:
@@ -198,11 +202,15 @@ def test_fewest_executions_first() -> None:
 def served(world: World, names: str, number: int) -> str:
     """``names`` always want to execute, and one can at a time."""
     found = ""
+    world.ask(names)
     while len(found) < number:
-        world.ask(names)
         (name,) = (name for name in names if world.permits[name].held)
         found += name
         world.release(name)
+        # An instance that has executed looks at once, before anybody it has woken.
+        world.ask(name)
+        world.ask("".join(other for other in names if not world.permits[other].held))
+    world.release(next(name for name in names if world.permits[name].held))
     return found
 
 
@@ -225,10 +233,10 @@ def test_who_takes_it_and_executes_nothing_has_not_had_his_turn() -> None:
 
 
 def test_one_who_is_loaded_late_does_not_have_everything_to_himself() -> None:
-    world = World("a R:1")
-    served(world, "a", 100)
-    world.load("b R:1")
-    assert served(world, "ab", 6).count("a") == 3
+    world = World("a R:1, b R:1")
+    served(world, "ab", 100)
+    world.load("c R:1")
+    assert sorted(served(world, "abc", 9)) == list("aaabbbccc")
 
 
 def test_a_newcomer_takes_what_the_line_does_not_want() -> None:
@@ -315,3 +323,49 @@ def test_statistics_are_frozen() -> None:
     with pytest.raises(AttributeError):
         pool.in_use = 0  # type: ignore[misc]
     assert str(world.permits["b"]) == "1 of 'R' (0 free)"
+
+
+# Waiting in line, as a scheduler lets its instances do it
+
+
+class Elsewhere(DefaultScheduler):
+    """What waits here is for another instance than the one that asks."""
+
+    def form_batch(self, now: float, seat: Seat) -> tuple[Sequence[InferenceRequest], float]:
+        return (), float("inf")
+
+
+async def wait_in_line(world: World, name: str, scheduler: Scheduler, scope: trio.CancelScope) -> None:
+    scheduler.enqueue(admitted(make()))
+    with scope:
+        await scheduler.next_batch(Seat(0, world.permits[name]))
+
+
+async def test_law_4_cancelled_in_the_tick_in_which_it_is_woken_it_leaves_the_line(nursery: trio.Nursery) -> None:
+    world = World("a R:1, b R:1, c R:1")
+    world.ask("a")
+    scope = trio.CancelScope()
+    nursery.start_soon(wait_in_line, world, "b", DefaultScheduler(), scope)
+    await wait_all_tasks_blocked()
+    world.ask("c")
+    assert world.release("a") == "b"
+    scope.cancel()
+    await wait_all_tasks_blocked()
+    assert world.turns() == "c"
+    assert world.limiter.statistics().waiters == 1
+
+
+async def test_woken_for_nothing_it_passes_the_turn_on_and_has_lost_none_of_its_own(nursery: trio.Nursery) -> None:
+    world = World("a R:1, b R:1 x100, c R:1")
+    world.ask("a")
+    scope = trio.CancelScope()
+    nursery.start_soon(wait_in_line, world, "b", Elsewhere(), scope)
+    await wait_all_tasks_blocked()
+    world.ask("c")
+    assert world.release("a") == "b"
+    await wait_all_tasks_blocked()
+    assert world.turns() == "c"
+    world.ask("cb")
+    world.release("c")
+    assert world.ask("c") == ""  # b has not executed: it is still before c
+    scope.cancel()
