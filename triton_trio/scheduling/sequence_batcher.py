@@ -88,10 +88,12 @@ class SequenceBatcher(Scheduler):
         self._backlog: dict[InferenceSequence, float] = {}
         #: By the instance's index, once it has asked for work.
         self._slots: dict[int, SequenceSlots] = {}
-        #: Requests that have no outcome yet, or that the device still holds.
+        #: Requests without an outcome.
         self._sequence_of: dict[InferenceRequest, InferenceSequence] = {}
-        #: Of these, those that are not on the device.
+        #: Of these, those that wait for an instance.
         self._waiting: dict[InferenceRequest, None] = {}
+        #: Requests that a device holds, whatever their outcome.
+        self._on_device: dict[InferenceRequest, InferenceSequence] = {}
         self._drained: trio.Event | None = None
 
     def __len__(self) -> int:
@@ -161,11 +163,9 @@ class SequenceBatcher(Scheduler):
 
     def settled(self, request: InferenceRequest) -> None:
         super().settled(request)
-        sequence = self._sequence_of.get(request)
+        sequence = self._sequence_of.pop(request, None)
         if sequence is None:
             return  # it was refused
-        if sequence.executing is not request:
-            del self._sequence_of[request]
         if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) and not (
             self.keeps_cancelled and request.stage is not Stage.QUEUED
         ):
@@ -198,12 +198,10 @@ class SequenceBatcher(Scheduler):
         sequence.reschedule(request)
 
     def released(self, request: InferenceRequest) -> None:
-        sequence = self._sequence_of[request]
-        if sequence.executing is request:
+        sequence = self._on_device.pop(request)
+        if sequence.executing is request:  # and it is not one that was given up with its instance
             sequence.let_go()
             self._look(sequence)
-        if request.outcome is not None:
-            del self._sequence_of[request]
 
     def quarantined(self, seat: Seat) -> None:
         slots = self._slots.pop(seat.index, None)
@@ -212,7 +210,7 @@ class SequenceBatcher(Scheduler):
                 sequence.quarantine(seat.name)
 
     def take_states(self, request: InferenceRequest, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
-        return self._tensors.take_states(self._sequence_of[request].state, request, outputs)
+        return self._tensors.take_states(self._on_device[request].state, request, outputs)
 
     # Which sequence
 
@@ -302,8 +300,8 @@ class SequenceBatcher(Scheduler):
 
     def _wake_for_backlog(self) -> None:
         for index in self._idle:
-            slots = self._slots[index]
-            if slots.free:
+            slots = self._slots.get(index)
+            if slots is None or slots.free:
                 self._wake(index)
                 return
 
@@ -377,6 +375,7 @@ class SequenceBatcher(Scheduler):
         """Take the next request of ``sequence``, with the tensors that the model is to see."""
         request, first = sequence.execute_next()
         del self._waiting[request]
+        self._on_device[request] = sequence
         self._tensors.fill(request, sequence.state, start=first, end=request.sequence_end)
         return request
 

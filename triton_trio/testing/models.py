@@ -22,6 +22,7 @@ def scripted_config(
     *,
     max_batch_size: int = 0,
     batching: str | None = None,
+    sequences: str | None = None,
     instances: int = 1,
     decoupled: bool = False,
     dims: Sequence[int] = (2,),
@@ -31,6 +32,7 @@ def scripted_config(
 
     Args:
       batching: the fields of ``dynamic_batching``; None for the default scheduler.
+      sequences: the fields of ``sequence_batching``, instead.
       more: further text.
     """
     shape = ", ".join(map(str, dims))
@@ -43,6 +45,8 @@ def scripted_config(
     ]
     if batching is not None:
         lines.append(f"dynamic_batching {{ {batching} }}")
+    if sequences is not None:
+        lines.append(f"sequence_batching {{ {sequences} }}")
     if decoupled:
         lines.append("model_transaction_policy { decoupled: true }")
     return "\n".join([*lines, more])
@@ -69,6 +73,7 @@ async def open_test_server(
     *,
     versions: Sequence[int] = (1,),
     limit: float = 100.0,
+    idle_sequences: bool = False,
     **options: Any,
 ) -> AsyncIterator[InferenceServer]:
     """A server on ``models``, with ``backend`` under the name ``scripted``; the test fails if it does not end quiescent.
@@ -79,6 +84,7 @@ async def open_test_server(
       backend: default: a :class:`ScriptedBackend` that answers at once.
       limit: after so many seconds the block hangs, and fails.  With a clock that jumps that takes no time, but a block
         which waits for a thread (to load a model, say) needs ``math.inf`` then.
+      idle_sequences: whether sequences may be left that nobody has ended.
       options: for :func:`triton_trio.open_server`.
 
     **Cancellation:** as :func:`triton_trio.open_server`.
@@ -89,6 +95,6 @@ async def open_test_server(
         with trio.fail_after(limit):
             yield server
             await trio.testing.wait_all_tasks_blocked()
-            assert_quiescent(server)
+            assert_quiescent(server, idle_sequences=idle_sequences)
     if isinstance(scripted, ScriptedBackend):
         assert (scripted.open_models, scripted.open_instances) == (0, 0), "a model or an instance was not closed"

@@ -29,6 +29,7 @@ from ..backends import Backend, BackendInstance, BackendModel, ModelContext, Pla
 if TYPE_CHECKING:
     from ..batch import Batch, Member
     from ..request import Array, InferenceRequest
+    from ..scopes import SequenceEnd
 
 Command = Callable[[], Awaitable[bool] | bool]
 Compute = Callable[["Array"], "Array"]
@@ -81,6 +82,17 @@ class Execution:
         """Answer every live member, and return."""
         self._send.send_nowait(self._finish)
 
+    def reschedule(self) -> None:
+        """Ask for another execution of every live member (``iterative_sequence``), and return."""
+
+        def command() -> bool:
+            batch = self._running
+            for member in batch.live():
+                batch.reschedule(member)
+            return True
+
+        self._send.send_nowait(command)
+
     def end(self) -> None:
         """Return without answering."""
         self._send.send_nowait(lambda: True)
@@ -117,14 +129,8 @@ class Execution:
         self._let_go.set()
 
     def answer(self, member: Member) -> dict[str, Array]:
-        """The outputs of ``member``: ``compute`` of input *n* becomes output *n*."""
-        batch = self._running
-        outputs = {}
-        for name in member.inputs:
-            stacked = self._backend.compute(batch.stack(name))
-            rows = stacked[member.start : member.stop] if self._backend.batches(member.request) else stacked
-            outputs[name.replace("IN", "OUT", 1)] = rows
-        return outputs
+        """The outputs of ``member``."""
+        return self._backend.answer(self._running, member)
 
     # Inside
 
@@ -184,6 +190,8 @@ class ScriptedBackend(Backend):
         self.automatic = automatic
         self.misbehaviour = Misbehaviour()
         self.executions: list[Execution] = []
+        #: Sequences that have ended, as their instances were told: the instance's name, and how.
+        self.sequence_ends: list[tuple[str, SequenceEnd]] = []
         #: Awaited while a model or an instance is being opened, with its name: raise or wait here.
         self.on_open_model: Callable[[str], Awaitable[None]] | None = None
         self.on_open_instance: Callable[[str], Awaitable[None]] | None = None
@@ -192,6 +200,15 @@ class ScriptedBackend(Backend):
         self.open_instances = 0
         self._batching: dict[str, bool] = {}
         self._changed = trio.lowlevel.ParkingLot()
+
+    def answer(self, batch: Batch, member: Member) -> dict[str, Array]:
+        """The outputs of ``member``: ``compute`` of input *n* becomes output *n*.  Override it for a model of your own."""
+        outputs = {}
+        for name in member.inputs:
+            stacked = self.compute(batch.stack(name))
+            rows = stacked[member.start : member.stop] if self.batches(member.request) else stacked
+            outputs[name.replace("IN", "OUT", 1)] = rows
+        return outputs
 
     def batches(self, request: InferenceRequest) -> bool:
         """Whether the first dimension of the request's tensors is the batch."""
@@ -260,6 +277,9 @@ class ScriptedInstance(BackendInstance):
         self._execution = execution = Execution(self._backend, self._name, batch)
         self._backend.begin(execution)
         await execution.run()
+
+    def on_sequence_end(self, end: SequenceEnd) -> None:
+        self._backend.sequence_ends.append((self._name, end))
 
     def abandon(self) -> None:
         if self._execution is not None:
