@@ -5,14 +5,23 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import trio
+
 
 @contextmanager
 def without_groups(nurseries: int) -> Iterator[None]:
-    """What comes out of these nurseries alone goes on alone: that there are nurseries is none of the caller's business."""
+    """What comes out of these nurseries alone goes on alone: that there are nurseries is none of the caller's business.
+
+    One cancel that came out of several tasks is alone, too.
+    """
     try:
         yield
     except BaseExceptionGroup as group:
         exc: BaseException = group
+        if group.split(trio.Cancelled)[1] is None:
+            nurseries = 0
+            while isinstance(exc, BaseExceptionGroup):
+                exc = exc.exceptions[0]
         for _ in range(nurseries):
             if not (isinstance(exc, BaseExceptionGroup) and len(exc.exceptions) == 1):
                 raise

@@ -87,7 +87,7 @@ class ModelInstance:
         self._hand: Hand | None = None if order is None else order.hand_over
         self._output_names = tuple(output.name for output in model.config.outputs)
         self._reshape = (
-            _reshape_outputs(model.config) if any(o.reshape is not None for o in model.config.outputs) else None
+            reshape_outputs(model.config) if any(o.reshape is not None for o in model.config.outputs) else None
         )
 
     @property
@@ -224,7 +224,8 @@ class ModelInstance:
         self.model.instance_quarantined(self)
 
 
-def _reshape_outputs(config: ModelConfig) -> Reshape:
+def reshape_outputs(config: ModelConfig) -> Reshape:
+    """From the shapes of a model's outputs to those that its responses have."""
     specs = {output.name: output for output in config.outputs}
     batch_dims = 1 if config.max_batch_size > 0 else 0
 

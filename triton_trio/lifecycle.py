@@ -19,7 +19,7 @@ class Stage(StrEnum):
 
     RECEIVED = "received"  #: decoded and being checked; in no queue yet
     QUEUED = "queued"  #: waiting for an instance
-    EXECUTING = "executing"  #: a member of a batch
+    EXECUTING = "executing"  #: a member of a batch; an ensemble's, as soon as its steps have begun
     RESPONDING = "responding"  #: its first response has left the instance
 
 
@@ -48,14 +48,15 @@ class Event(StrEnum):
 
 
 _ALWAYS: dict[Event, Stage | Outcome] = {
+    Event.REJECT: Outcome.REJECTED,  # of an ensemble's request: where it is when the queue of a step turns it away
     Event.FAIL: Outcome.ERROR,
     Event.CANCEL: Outcome.CANCELLED,
     Event.EXPIRE: Outcome.DEADLINE,
 }
 
 TRANSITIONS: dict[Stage, dict[Event, Stage | Outcome]] = {
-    Stage.RECEIVED: {Event.ENQUEUE: Stage.QUEUED, Event.REJECT: Outcome.REJECTED, **_ALWAYS},
-    Stage.QUEUED: {Event.BIND: Stage.EXECUTING, Event.REJECT: Outcome.REJECTED, **_ALWAYS},
+    Stage.RECEIVED: {Event.ENQUEUE: Stage.QUEUED, **_ALWAYS},
+    Stage.QUEUED: {Event.BIND: Stage.EXECUTING, **_ALWAYS},
     Stage.EXECUTING: {Event.RESPOND: Stage.RESPONDING, Event.RESCHEDULE: Stage.QUEUED, **_ALWAYS},
     Stage.RESPONDING: {
         Event.RESPOND: Stage.RESPONDING,

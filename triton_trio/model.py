@@ -222,13 +222,13 @@ class Model(ABC):
         request.batch_size, request.signature = self._validator.check(request)
         if not self.ready and not self._finishes(request):
             request.settle(Event.REJECT)
-            raise Unavailable(f"{request.label}{self._why_unavailable()}")
+            raise Unavailable(f"{request.label}{self.why_unavailable()}")
 
     def _finishes(self, request: InferenceRequest) -> bool:
         """Whether it takes this one, for the sake of what is in flight, though it is not :attr:`ready`."""
         return request.parent is not None and self.takes_steps()
 
-    def _why_unavailable(self) -> str:
+    def why_unavailable(self) -> str:
         """Why it takes no requests, for clients."""
         return "Server is stopping, scheduler for model has stopped accepting new inference requests"
 

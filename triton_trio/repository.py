@@ -9,59 +9,27 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import trio
 
 from .backends import Backend, ModelContext
-from .config import ModelConfig, ignored_fields, load_model_config, read_initial_states, refuse_unsupported
+from .config import (
+    EnsembleScheduling,
+    ignored_fields,
+    read_initial_states,
+    refuse_unsupported,
+)
+from .ensemble import EnsembleModel, check_no_cycle, complete_ensemble, find_dependents
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
+from .repository_entry import Entry, IndexEntry, Load, read_model, state_of
 from .scheduled_model import ScheduledModel
 from .scheduling import RateLimiter
-from .scopes import BatchScope, Reason
+from .scopes import Reason
 from .sent_files import SentFiles
 
 LOGGER = logging.getLogger("triton_trio.repository")
-
-
-@dataclass(frozen=True, slots=True)
-class IndexEntry:
-    """One line of RepositoryIndex; ``version`` and ``state`` are empty for a model that was never loaded."""
-
-    name: str
-    version: str
-    state: str
-    reason: str
-
-
-@dataclass(slots=True)
-class _Entry:
-    """What the repository knows of one model name."""
-
-    models: dict[int, Model] = field(default_factory=dict)
-    #: States without a Model: versions that are loading, failed or were unloaded, with the reason.
-    states: dict[int, tuple[ModelState, str]] = field(default_factory=dict)
-    fingerprint: object = None
-    load: _Load | None = None
-
-
-class _Load:
-    """A load in progress: its waiters share one scope."""
-
-    def __init__(self, config_json: str | None, files: Mapping[str, bytes]) -> None:
-        self.config_json = config_json
-        self.files = files
-        self.directory: Path | None = None  #: once it is known
-        self.waiters: BatchScope[object] = BatchScope()
-        self.done = trio.Event()
-        self.error: tuple[type[TritonError], str] | None = None
-
-    @property
-    def of_disk(self) -> bool:
-        """Whether it loads what is on disk and nothing else, as everybody else's does."""
-        return self.config_json is None and not self.files
 
 
 class ModelRepository:
@@ -102,7 +70,7 @@ class ModelRepository:
         self._strict_config = strict_config
         self._release_limit = release_limit
         self._unload_grace = unload_grace
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Entry] = {}
 
     # Find
 
@@ -169,7 +137,7 @@ class ModelRepository:
             entry = self._entries.get(name)
             states = dict(entry.states) if entry else {}
             if entry:
-                states |= {version: (model.state, "") for version, model in entry.models.items()}
+                states |= {version: state_of(model) for version, model in entry.models.items()}
             if not states:
                 lines.append(IndexEntry(name, "", "", ""))
             for version, (state, reason) in sorted(states.items()):
@@ -188,7 +156,8 @@ class ModelRepository:
     ) -> None:
         """Load a model, or reload it if its files have changed; returns when it is ready.
 
-        Two callers who load one model share the load.  The versions served before go on until the new ones are ready.
+        The models that an ensemble is made of are loaded along with it.  Two callers who load one model share the load.
+        The versions served before go on until the new ones are ready.
 
         Args:
           config_json: overrides config.pbtxt.
@@ -206,10 +175,13 @@ class ModelRepository:
                 f"failed to load '{name}': override files ('file:<path>') need the model's configuration, too: "
                 "send it as the parameter 'config'"
             )
+        await self._load_shared(name, Load(config_json, files or {}))
+        self._entries[name].explicit = True
+
+    async def _load_shared(self, name: str, ours: Load) -> None:
         waiter = object()
-        ours = _Load(config_json, files or {})
         while True:
-            entry = self._entries.setdefault(name, _Entry())
+            entry = self._entries.setdefault(name, Entry())
             load = entry.load
             if load is None:
                 load = entry.load = ours
@@ -231,7 +203,7 @@ class ModelRepository:
             kind, text = load.error
             raise kind(text)
 
-    async def _run_load(self, name: str, entry: _Entry, load: _Load) -> None:
+    async def _run_load(self, name: str, entry: Entry, load: Load) -> None:
         error: tuple[type[TritonError], str] | None = (Unavailable, f"load failed for model '{name}': load cancelled")
         try:
             with load.waiters.cancel_scope:
@@ -259,7 +231,7 @@ class ModelRepository:
             entry.load = None
             load.done.set()
 
-    async def _load(self, name: str, entry: _Entry, load: _Load) -> None:
+    async def _load(self, name: str, entry: Entry, load: Load) -> None:
         if load.files:
             with await trio.to_thread.run_sync(SentFiles.write, name, load.files) as sent:
                 load.directory = sent.directory
@@ -274,19 +246,25 @@ class ModelRepository:
             )
         await self._load_from(directory, name, entry, load, None)
 
-    async def _load_from(self, directory: Path, name: str, entry: _Entry, load: _Load, sent: SentFiles | None) -> None:
+    async def _load_from(self, directory: Path, name: str, entry: Entry, load: Load, sent: SentFiles | None) -> None:
         config, available, fingerprint = await trio.to_thread.run_sync(
-            _read_model, directory, load.config_json, self._strict_config
+            read_model, directory, load.config_json, self._strict_config
         )
+        if config.ensemble_scheduling is not None:
+            await self._load_steps(name, load, config.ensemble_scheduling)
         if entry.models and fingerprint == entry.fingerprint and all(model.ready for model in entry.models.values()):
             return
         refuse_unsupported(config)
         for ignored in ignored_fields(config):
             LOGGER.warning("model '%s': %s has no effect: %s", name, *ignored.split(": ", 1))
-        backend = self._backend(name, config.backend)
-        if not self._strict_config:
-            config = await trio.to_thread.run_sync(backend.auto_complete, config, directory)
-            config.check_complete()
+        backend: Backend | None = None
+        if config.ensemble_scheduling is not None:
+            config = complete_ensemble(config.check_complete(), self.model)
+        else:
+            backend = self._backend(name, config.backend)
+            if not self._strict_config:
+                config = await trio.to_thread.run_sync(backend.auto_complete, config, directory)
+                config.check_complete()
         initial_states = await trio.to_thread.run_sync(read_initial_states, config, directory)
         versions = config.version_policy.select(available)
         if not versions:
@@ -307,15 +285,19 @@ class ModelRepository:
         try:
             for version in versions:
                 context = ModelContext(config.backend_view(), version, directory, directory / str(version))
-                model = ScheduledModel(
-                    config,
-                    context,
-                    backend,
-                    files=sent,
-                    initial_states=initial_states,
-                    release_limit=self._release_limit,
-                    watchdogs=self._watchdogs,
-                    limiter=self.limiter,
+                model = (
+                    EnsembleModel(config, context, self.model, files=sent)
+                    if backend is None
+                    else ScheduledModel(
+                        config,
+                        context,
+                        backend,
+                        files=sent,
+                        initial_states=initial_states,
+                        release_limit=self._release_limit,
+                        watchdogs=self._watchdogs,
+                        limiter=self.limiter,
+                    )
                 )
                 # Until it is started, the model's task belongs to this load and is cancelled with it.
                 await self._nursery.start(model.run, name=f"model {name}:{version}")
@@ -329,9 +311,54 @@ class ModelRepository:
         entry.models = {model.version: model for model in loaded}
         entry.states.clear()
         entry.fingerprint = fingerprint
+        entry.of_disk = load.of_disk
         for model in old:
             self._start_unload(model)
         LOGGER.info("successfully loaded '%s' version %s", name, ", ".join(map(str, versions)))
+
+    async def _load_steps(self, name: str, load: Load, scheduling: EnsembleScheduling) -> None:
+        """Load what an ensemble is made of; raises :exc:`InvalidArgument` if it cannot be."""
+        steps = load.steps = tuple(dict.fromkeys(step.model_name for step in scheduling.steps))
+        # Loads that wait for each other would wait for ever: each says what it waits for, and looks before it does.
+        check_no_cycle(name, self._steps_being_loaded)
+        on_disk = await trio.to_thread.run_sync(self.directories)
+        if missing := [step for step in steps if step not in on_disk and not self._loaded(step)]:
+            raise InvalidArgument(
+                f"ensemble {name} contains models that are not available or ambiguous: {', '.join(missing)}"
+            )
+        errors: dict[str, str] = {}
+
+        async def load_step(step: str) -> None:
+            if step in self._entries and not self._entries[step].of_disk and self._loaded(step):
+                return  # what was sent for it stays
+            try:
+                await self._load_shared(step, Load(None, {}))
+            except TritonError as exc:
+                errors[step] = exc.message
+
+        async with trio.open_nursery() as nursery:
+            for step in steps:
+                # Owner: this nursery, and so the load; ends with the step's load.
+                nursery.start_soon(load_step, step, name=f"wait for load {step}")
+        for step, message in errors.items():
+            raise InvalidArgument(
+                f"ensemble '{name}' depends on '{step}' which has no loaded version. Model '{step}' loading failed with "
+                f"error: {message}"
+            )
+        check_no_cycle(name, lambda each: steps if each == name else self._loaded_steps(each))
+
+    def _loaded(self, name: str) -> bool:
+        entry = self._entries.get(name)
+        return entry is not None and any(model.ready for model in entry.models.values())
+
+    def _steps_being_loaded(self, name: str) -> Sequence[str]:
+        entry = self._entries.get(name)
+        return entry.load.steps if entry is not None and entry.load is not None else ()
+
+    def _loaded_steps(self, name: str) -> Sequence[str]:
+        entry = self._entries.get(name)
+        models = entry.models.values() if entry is not None else ()
+        return [step for model in models if isinstance(model, EnsembleModel) for step in model.step_names]
 
     def _backend(self, model_name: str, backend_name: str) -> Backend:
         if backend_name not in self._backends:
@@ -376,8 +403,15 @@ class ModelRepository:
 
     # Unload
 
-    async def unload(self, name: str, *, wait: bool = True) -> None:
+    async def unload(self, name: str, *, dependents: bool = False, wait: bool = True) -> None:
         """Unload all versions of a model: nothing new is accepted at once, requests in flight have the unload grace.
+
+        An ensemble is not ready without its steps; what it has in flight is in flight in them, too.
+
+        Args:
+          name: the model.
+          dependents: also the ensembles that it is a step of, and what was only loaded along with the unloaded ones.
+          wait: until all is released.
 
         Raises:
           NotFound: no such model is loaded.
@@ -387,39 +421,40 @@ class ModelRepository:
         entry = self._entries.get(name)
         if entry is None:
             raise NotFound(f"failed to unload '{name}': no such model is loaded")
+        names = [name]
+        if dependents:
+            steps = {each: self._loaded_steps(each) for each in self._entries}
+            explicit = {each for each, its in self._entries.items() if its.explicit}
+            names += find_dependents(name, steps, explicit)
+        unloading = [pair for each in names for pair in await self._begin_unload(self._entries[each])]
+        if wait:
+            for model, its_entry in unloading:
+                await model.wait_stopped()
+                self._unloaded(model, its_entry)
+
+    async def _begin_unload(self, entry: Entry) -> list[tuple[Model, Entry]]:
         if entry.load is not None:
             # An unload wins over a load in progress: cancel it for everybody.
             entry.load.waiters.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
             await entry.load.done.wait()
         models, entry.models = tuple(entry.models.values()), {}
+        entry.explicit = False
         for model in models:
             entry.states[model.version] = (ModelState.UNLOADING, "")
             self._start_unload(model, entry)
-        if wait:
-            for model in models:
-                await model.wait_stopped()
-                self._unloaded(model, entry)
+        return [(model, entry) for model in models]
 
-    def _start_unload(self, model: Model, entry: _Entry | None = None) -> None:
+    def _start_unload(self, model: Model, entry: Entry | None = None) -> None:
         model.begin_unload()
         # Owner: the models nursery; ends when the model has ended.  Bounded by the unload grace and the release limit.
         self._nursery.start_soon(self._unload, model, entry, name=f"unload {model.name}:{model.version}")
 
-    async def _unload(self, model: Model, entry: _Entry | None) -> None:
+    async def _unload(self, model: Model, entry: Entry | None) -> None:
         await model.wait_unloaded(self._unload_grace)
         self._unloaded(model, entry)
         LOGGER.info("successfully unloaded '%s' version %d", model.name, model.version)
 
-    def _unloaded(self, model: Model, entry: _Entry | None) -> None:
+    def _unloaded(self, model: Model, entry: Entry | None) -> None:
         # Whoever comes first, the unload or the one who waited for it: afterwards the index says so.
         if entry is not None and entry.states.get(model.version, (None, ""))[0] is ModelState.UNLOADING:
             entry.states[model.version] = (ModelState.UNAVAILABLE, "unloaded")
-
-
-def _read_model(directory: Path, config_json: str | None, strict: bool) -> tuple[ModelConfig, list[int], object]:
-    """The model's config, its version directories, and a fingerprint that changes when a file of it changes."""
-    config = load_model_config(directory, strict=strict, override_json=config_json)
-    available = sorted(int(child.name) for child in directory.iterdir() if child.is_dir() and child.name.isdecimal())
-    files = sorted(path for path in directory.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
-    stamps = tuple((str(path), status.st_mtime_ns, status.st_size) for path in files if (status := path.stat()))
-    return config, [version for version in available if version > 0], (config_json, stamps)

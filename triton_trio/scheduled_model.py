@@ -100,10 +100,10 @@ class ScheduledModel(Model):
     def _finishes(self, request: InferenceRequest) -> bool:
         return super()._finishes(request) or (self.takes_steps() and self.scheduler.continues(request))
 
-    def _why_unavailable(self) -> str:
+    def why_unavailable(self) -> str:
         if self.state is ModelState.READY:
             return f"model '{self.name}' has no instance left: all are quarantined; reload it"
-        return super()._why_unavailable()
+        return super().why_unavailable()
 
     def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
         self.scheduler.settled(request)
@@ -180,4 +180,4 @@ class ScheduledModel(Model):
         self.scheduler.quarantined(instance.seat)
         if not self.ready:
             for request in tuple(self.scheduler.queued()):
-                request.fail_nowait(Unavailable(f"{request.label}{self._why_unavailable()}"), Event.REJECT)
+                request.fail_nowait(Unavailable(f"{request.label}{self.why_unavailable()}"), Event.REJECT)

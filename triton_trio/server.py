@@ -24,6 +24,7 @@ import trio
 
 from ._version import __version__
 from .backends import DEFAULT_BACKENDS, Backend
+from .ensemble import EnsembleModel
 from .groups import without_groups
 from .model import Model, ModelStatistics
 from .observe import name_nursery
@@ -91,10 +92,15 @@ class InferenceServer:
 
     @property
     def ready(self) -> bool:
-        """Started, not draining, and (with strict readiness) every model that was loaded is ready."""
+        """Started, not draining, and (with strict readiness) every model that was loaded is ready.
+
+        Ensembles do not count: what they are made of does.
+        """
         if self.draining or not self.started:
             return False
-        return not self._strict_readiness or all(model.ready for model in self.repository.loaded())
+        return not self._strict_readiness or all(
+            model.ready for model in self.repository.loaded() if not isinstance(model, EnsembleModel)
+        )
 
     def statistics(self) -> ServerStatistics:
         models = tuple(model.statistics() for model in self.repository.loaded())
@@ -114,9 +120,9 @@ class InferenceServer:
         """See :meth:`ModelRepository.load`."""
         await self.repository.load(name, config_json=config_json)
 
-    async def unload_model(self, name: str) -> None:
+    async def unload_model(self, name: str, *, dependents: bool = False) -> None:
         """See :meth:`ModelRepository.unload`."""
-        await self.repository.unload(name)
+        await self.repository.unload(name, dependents=dependents)
 
     async def start_frontend(
         self, frontend: Frontend, serve: Callable[..., Awaitable[Any]], *args: Any, name: str

@@ -18,8 +18,12 @@ _IGNORED = {
 
 def refuse_unsupported(config: ModelConfig) -> None:
     """Raise :exc:`Unsupported` for what would change the model's answers if it were left out."""
-    if config.ensemble_scheduling is not None:
-        raise Unsupported(f"model '{config.name}': ensemble_scheduling is not supported yet")
+    for step in config.ensemble_scheduling.steps if config.ensemble_scheduling else ():
+        if step.model_namespace:
+            raise Unsupported(
+                f"ensemble '{config.name}': model_namespace of step '{step.model_name}' is not supported: a name belongs to "
+                "one model, in whatever repository it is"
+            )
 
 
 def ignored_fields(config: ModelConfig) -> list[str]:

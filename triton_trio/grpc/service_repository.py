@@ -52,8 +52,9 @@ async def unload(server: InferenceServer, request: pb.RepositoryModelUnloadReque
     if dependents is not None and dependents.bool_param is None:
         raise InvalidArgument("invalid value type for 'unload_dependents' parameter, expected bool_param.")
     _check_allowed(server)
-    # No model depends on another yet, so unload_dependents changes nothing.
-    await server.repository.unload(request.model_name, wait=False)
+    await server.repository.unload(
+        request.model_name, dependents=dependents is not None and bool(dependents.bool_param), wait=False
+    )
     return pb.RepositoryModelUnloadResponse()
 
 

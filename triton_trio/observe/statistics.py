@@ -106,6 +106,17 @@ class ModelCounters:
                 self.compute_infer.add(durations[1])
                 self.compute_output.add(durations[2])
 
+    def count_flow(self, request: InferenceRequest, compute_seconds: float, wall: float) -> None:
+        """An ensemble's request is complete, and its steps took ``compute_seconds`` together; as Triton counts it."""
+        self.execution_count += 1
+        self.last_inference = wall
+        self.queue.add(0.0)
+        per_size = self.by_batch_size.setdefault(request.batch_size, BatchDurations())
+        for times in (self, per_size):
+            times.compute_input.add(0.0)
+            times.compute_infer.add(compute_seconds)
+            times.compute_output.add(0.0)
+
 
 def _failure_reason(request: InferenceRequest) -> FailureReason:
     if request.outcome is Outcome.REJECTED:
