@@ -56,7 +56,7 @@ def batcher(waiting: str, **options: Any) -> DynamicBatcher:
         ("a", {"preferred_sizes": [2], "max_queue_delay": 5}, 5, "a", INF),
         ("a b c", {"preferred_sizes": [4], "max_queue_delay": 5}, 4, "", 5),
         ("a3", {"preferred_sizes": [2], "max_queue_delay": 5}, 0, "a", INF),  # past every preferred size
-        ("a b2", {"preferred_sizes": [2], "max_queue_delay": 5}, 0, "ab", INF),
+        ("a b2", {"preferred_sizes": [2], "max_queue_delay": 5}, 0, "a", INF),  # the next goes past it
         # No preferred size, no delay: the greedy batch.
         ("a b c", {"preferred_sizes": [2]}, 0, "ab", INF),
     ],
@@ -67,6 +67,34 @@ def test_form_batch(queue: str, options: dict[str, Any], now: float, formed: str
     taken, again = scheduler.form_batch(now, Seat())
     assert (labels(taken), again) == (formed, again_at)
     assert labels(scheduler.queue) == before[len(formed) :]
+
+
+#: Triton's scenarios: preferred sizes 2 and 6, batches of at most 8 rows, ten seconds for company.
+L0_BATCHER = [
+    ("static_batch_preferred", "a2", 0, "a", INF),
+    ("static_batch_lt_any_preferred", "a1", 0, "", 10),
+    ("static_batch_not_preferred", "a3", 0, "", 10),
+    ("static_batch_gt_max_preferred", "a7", 0, "a", INF),
+    ("multi_batch_different_shape", "a b/x", 0, "a", INF),
+    ("multi_batch_not_preferred", "a b3@1", 1, "", 10),
+    ("multi_batch_not_preferred, later", "a b3@1", 10, "ab", INF),
+    ("multi_batch_not_preferred_different_shape", "a b3 c@1/x", 1, "ab", INF),
+    ("multi_batch_preferred_different_shape", "c/x d5/x", 1, "cd", INF),
+    ("multi_batch_gt_max_preferred", "a3 b7@1", 1, "a", INF),
+    ("multi_batch_sum_gt_max_preferred", "a3 b4@1", 1, "a", INF),
+    ("multi_batch_delayed_sum_gt_max_preferred", "b4@1", 1, "", 11),
+    ("multi_batch_delayed_use_max_batch", "a3 b4 c@10", 10, "abc", INF),
+    ("multi_batch_use_biggest_preferred", "a b c d e f", 0, "abcdef", INF),
+    ("multi_batch_use_best_preferred", "a b c@1", 1, "ab", INF),
+    ("multi_batch_use_best_preferred, later", "c@1", 1, "", 11),
+]
+
+
+@pytest.mark.parametrize(("name", "queue", "now", "formed", "again_at"), L0_BATCHER)
+def test_L0_batcher(name: str, queue: str, now: float, formed: str, again_at: float) -> None:
+    scheduler = batcher(queue, max_batch_size=8, preferred_sizes=[2, 6], max_queue_delay=10)
+    taken, again = scheduler.form_batch(now, Seat())
+    assert (labels(taken), again) == (formed, again_at)
 
 
 def test_who_left_is_not_company_and_does_not_count_as_oldest() -> None:

@@ -38,6 +38,7 @@ class DynamicBatcher(QueueScheduler):
         super().__init__(queue)
         self.max_batch_size = max_batch_size
         self.preferred_sizes = frozenset(preferred_sizes or (max_batch_size,))
+        self._max_preferred = max(self.preferred_sizes)
         self.max_queue_delay = max_queue_delay
         if preserve_ordering:
             self.order = ResponseOrder()
@@ -57,18 +58,22 @@ class DynamicBatcher(QueueScheduler):
 
     def _choose(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
         # Take requests in order while they fit and have the same shape.  Then, in this order:
-        # 1. a preferred size was met on the way: send up to the largest one met;
-        # 2. the next request does not fit (size or shape), or no preferred size is left to wait for: send all taken;
-        # 3. the oldest has waited long enough: send all taken;
-        # 4. otherwise ask again when it has.
+        # 1. the oldest has waited long enough: send all taken;
+        # 2. a preferred size was met on the way: send up to the largest one met;
+        # 3. the next request went beyond every preferred size: send up to that one;
+        # 4. the next does not fit (size or shape), or no preferred size is left to wait for: send all taken;
+        # 5. otherwise ask again when the oldest has waited long enough.
         taken: list[InferenceRequest] = []
         rows = preferred = 0
         full = False
         oldest = INF
         for request in self.queue:
-            if taken and (rows + request.batch_size > self.max_batch_size or request.signature != taken[0].signature):
-                full = True
-                break
+            if taken:
+                if not preferred and rows + request.batch_size > self._max_preferred:
+                    preferred = len(taken)
+                if rows + request.batch_size > self.max_batch_size or request.signature != taken[0].signature:
+                    full = True
+                    break
             taken.append(request)
             rows += request.batch_size
             oldest = min(oldest, request.enqueued_at)
@@ -76,12 +81,11 @@ class DynamicBatcher(QueueScheduler):
                 preferred = len(taken)
             if rows >= self.max_batch_size:
                 break
-        if not taken:
-            return (), INF
+        due_at = oldest + self.max_queue_delay
+        if self.max_queue_delay and now >= due_at:
+            return taken, INF
         if preferred:
-            del taken[preferred:]
-        elif not (full or rows >= max(self.preferred_sizes)):
-            ready_at = oldest + self.max_queue_delay
-            if now < ready_at:
-                return (), ready_at
-        return taken, INF
+            return taken[:preferred], INF
+        if full or rows >= self._max_preferred or now >= due_at:
+            return taken, INF
+        return (), due_at

@@ -52,6 +52,7 @@ class QueueScheduler(Scheduler):
 
     def leave(self, request: InferenceRequest, reason: Reason) -> None:
         self.queue.remove(request)
+        self._look_again()
 
     async def run_timeouts(self) -> None:
         """Apply queue timeouts when they are due, whether or not an instance is free.
@@ -74,6 +75,12 @@ class QueueScheduler(Scheduler):
         for request in self.queue.expire(trio.current_time()):
             request.place = None
             request.fail_nowait(Unavailable("Request timeout expired"), Event.REJECT)
+        self._look_again()
+
+    def _look_again(self) -> None:
+        # Without the one that has left, or at its new place, the rest may be a batch.
+        if self._idle and self.queue:
+            self._wake()
 
     def _reset_timer(self, deadline: float) -> None:
         if self._timer is not None and deadline < self._timer.deadline:
