@@ -306,9 +306,10 @@ class InferenceRequest:
             return
         self._error = (type(error), error.args)
         task, self._consumer = self._consumer, None
-        self.settle(event, reason)
         if task is not None:
+            # Before it is settled, for that may cancel a scope that the task is in.
             trio.lowlevel.reschedule(task, outcome.Value(None))
+        self.settle(event, reason)
 
     # The caller's side
 

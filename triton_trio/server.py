@@ -25,7 +25,7 @@ import trio
 from ._version import __version__
 from .backends import DEFAULT_BACKENDS, Backend
 from .ensemble import EnsembleModel
-from .groups import without_groups
+from .groups import WithoutGroups
 from .model import Model, ModelStatistics
 from .observe import name_nursery
 from .repository import ModelRepository
@@ -220,7 +220,7 @@ async def open_server(
         raise ValueError("resources have no effect without rate_limit='execution_count'")
     paths = [model_repository] if isinstance(model_repository, str | PathLike) else model_repository
     # Watchdogs are outermost: they bound how long leaving everything inside may take.
-    with without_groups(nurseries=3):
+    with WithoutGroups(nurseries=3):
         async with trio.open_nursery() as watchdogs:
             name_nursery(watchdogs, "server")
             async with trio.open_nursery() as models:

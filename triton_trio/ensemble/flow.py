@@ -58,9 +58,8 @@ class Branch:
         self._slots = slots
 
     async def wait_turn(self) -> None:
-        if self.turn is not None:
+        if self.turn is not None and not self.turn.is_set():
             await self.turn.wait()
-            self.turn = None
 
     def end(self) -> None:
         self.done.set()
@@ -197,10 +196,10 @@ class Flow:
 
     async def _fork(self, branch: Branch, step: Step, response: InferenceResponse) -> trio.Event:
         ready = self._put(branch, _tensors(step, response))
-        if self._complete(branch):
-            await self._respond(branch)
         for fork in ready:
             self._spawn(branch, *fork)
+        if self._complete(branch):
+            await self._respond(branch)
         return branch.done
 
     def _child(self, step: Step, inputs: Tensors) -> InferenceRequest:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ..errors import InvalidArgument, TritonError
-from ..groups import without_groups
+from ..groups import WithoutGroups
 from ..instance import reshape_outputs
 from ..lifecycle import Event, Outcome
 from ..model import Model, ModelState, Responses
@@ -131,7 +131,7 @@ class EnsembleModel(Model):
     async def _serve(self, request: InferenceRequest) -> InferenceResponse:
         flow = self._begin(request)
         response: InferenceResponse | None = None
-        with without_groups(nurseries=1):
+        with WithoutGroups(nurseries=1):
             async with trio.open_nursery() as nursery:
                 flow.start(nursery)
                 response = await request.receive()
@@ -145,7 +145,7 @@ class EnsembleModel(Model):
         with self._admitted(request):
             self._check(request)
             flow = self._begin(request)
-            with without_groups(nurseries=1):
+            with WithoutGroups(nurseries=1):
                 async with trio.open_nursery() as nursery:
                     # Steps have a nursery of their own: their failure ends them, and not what our caller is doing.
                     # Owner: this block; ends with the last step, or when the block is left.

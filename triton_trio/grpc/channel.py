@@ -26,7 +26,7 @@ from grpclib.exceptions import GRPCError
 from grpclib.metadata import Deadline, encode_metadata
 
 from .._version import __version__
-from ..groups import without_groups
+from ..groups import WithoutGroups
 from .call import Call, ReplyT, RequestT
 from .channel_options import ChannelOptions as ChannelOptions
 from .channel_options import ChannelStatistics as ChannelStatistics
@@ -300,7 +300,7 @@ async def open_channel(
     """
     dial = connect or _dialler(host, port, ssl_context)
     target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    with without_groups(nurseries=1):
+    with WithoutGroups(nurseries=1):
         async with trio.open_nursery() as nursery:
             channel = Channel(
                 target,
