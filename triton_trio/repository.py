@@ -23,7 +23,7 @@ from .config import (
 from .ensemble import EnsembleModel, check_no_cycle, complete_ensemble, find_dependents
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
-from .repository_entry import Entry, IndexEntry, Load, read_model, state_of
+from .repository_entry import Entry, IndexEntry, Load, complete_config, read_model, state_of
 from .scheduled_model import ScheduledModel
 from .scheduling import RateLimiter
 from .scopes import Reason
@@ -262,9 +262,7 @@ class ModelRepository:
             config = complete_ensemble(config.check_complete(), self.model)
         else:
             backend = self._backend(name, config.backend)
-            if not self._strict_config:
-                config = await trio.to_thread.run_sync(backend.auto_complete, config, directory)
-                config.check_complete()
+            config = await trio.to_thread.run_sync(complete_config, backend, config, directory, self._strict_config)
         initial_states = await trio.to_thread.run_sync(read_initial_states, config, directory)
         versions = config.version_policy.select(available)
         if not versions:

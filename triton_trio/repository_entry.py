@@ -8,6 +8,7 @@ from pathlib import Path
 
 import trio
 
+from .backends import Backend
 from .config import ModelConfig, load_model_config
 from .errors import TritonError
 from .model import Model, ModelState
@@ -62,6 +63,19 @@ def state_of(model: Model) -> tuple[ModelState, str]:
     if model.state is ModelState.READY and not model.ready:
         return ModelState.UNAVAILABLE, model.why_unavailable()
     return model.state, ""
+
+
+def complete_config(backend: Backend, config: ModelConfig, directory: Path, strict: bool) -> ModelConfig:
+    """With what the backend knows better: of the model's files (unless ``strict``), and where its instances can be.
+
+    Blocking.
+    """
+    if not strict:
+        config = backend.auto_complete(config, directory)
+    groups = tuple(backend.place(group) for group in config.instance_groups)
+    if groups != config.instance_groups:
+        config = config.replace(instance_groups=groups)
+    return config.check_complete()
 
 
 def read_model(directory: Path, config_json: str | None, strict: bool) -> tuple[ModelConfig, list[int], object]:

@@ -165,7 +165,7 @@ class ScheduledModel(Model):
         return [
             (Placement(name=f"{group.name or self.name}_{index}", kind=group.kind, device=device), group)
             for group in self.config.instance_groups
-            # `count` is for each listed GPU; without a list, for the one device that the backend chooses.
+            # `count` is for each listed GPU; without a list, for the one device there is.
             for index, device in enumerate(device for device in group.gpus or (0,) for _ in range(group.count))
         ]
 

@@ -270,7 +270,7 @@ async def test_L0_rate_limiter_single_model_per_instance(serve: Serve) -> None:
 
 
 async def test_an_instance_that_must_wait_passes_the_wake_up_on(serve: Serve) -> None:
-    """One request, and the instance that is woken for it cannot execute: the other one does, and the first lets go."""
+    """The instance that is woken cannot execute: the other one does, and the first leaves the line."""
     one = limited('resources { name: "R" count: 1 }').replace("kind:", 'name: "r", kind:')
     two = one.replace("} }]", '} }, { name: "s", kind: KIND_CPU }]')
     backend = ScriptedBackend()
@@ -278,7 +278,10 @@ async def test_an_instance_that_must_wait_passes_the_wake_up_on(serve: Serve) ->
         async with calling(server.model("holder")) as holders, calling(server.model("m")) as callers:
             await holders.call("h")
             await callers.call("a")
-            assert [execution.instance for execution in backend.running] == ["r_0", "s_0"]
+            backend.executions[1].finish()
+            await callers.call("b")
+            # Whoever was woken first for a, it is r for b: it has been idle longer.
+            assert [execution.instance for execution in backend.executions] == ["r_0", "s_0", "s_0"]
             assert in_line(server) == 0
             for execution in backend.running:
                 execution.finish()

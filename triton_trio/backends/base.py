@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..batch import Batch
-    from ..config import ModelConfig
+    from ..config import InstanceGroup, ModelConfig
     from ..scopes import SequenceEnd
 
 
@@ -37,7 +37,7 @@ class Placement:
     """Where an instance runs."""
 
     name: str  #: ``<group>_<index>``, as Triton names instances
-    kind: str  #: ``KIND_CPU`` or ``KIND_GPU`` (AUTO is resolved by the backend)
+    kind: str  #: as :meth:`Backend.place` left it
     device: int  #: index among the devices of that kind
 
 
@@ -93,6 +93,13 @@ class Backend(ABC):
     def auto_complete(self, config: ModelConfig, model_directory: Path) -> ModelConfig:
         """Fill in what the model's files tell (inputs, outputs, batch size); sync and cheap.  Default: nothing."""
         return config
+
+    def place(self, group: InstanceGroup) -> InstanceGroup:
+        """``group`` with the kind and the devices that its configuration leaves open (``KIND_AUTO``; a GPU, but none listed).
+
+        Clients see the result in the ModelConfig RPC.  Blocking; called in a worker thread.  Default: the CPU.
+        """
+        return replace(group, kind="KIND_CPU") if group.kind == "KIND_AUTO" else group
 
     @abstractmethod
     def open_model(self, context: ModelContext) -> AbstractAsyncContextManager[BackendModel]:

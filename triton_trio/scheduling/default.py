@@ -2,6 +2,10 @@
 
 Triton hands such requests straight to its rate limiter, where a cancel is not seen any more; here they wait in an
 ordinary queue and leave it like everywhere else.
+
+The queue has no size of its own, as in Triton (nor has the dynamic batcher's without ``max_queue_size``).  It is bounded by
+who can wait in it: each request belongs to a running handler, and frontends bound those (connections x streams, and
+requests in flight on a stream).
 """
 
 from __future__ import annotations

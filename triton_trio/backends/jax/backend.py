@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import jax
@@ -23,6 +24,7 @@ from .steps import execute_steps
 
 if TYPE_CHECKING:
     from ...batch import Batch
+    from ...config import InstanceGroup
 
 #: Seconds a Python thread may keep the GIL while a device thread waits for it; Python's own default is ten times that.
 SWITCH_INTERVAL = 5e-4
@@ -156,6 +158,15 @@ class JaxBackend(Backend):
     def statistics(self) -> tuple[DeviceStatistics, ...]:
         """One for each device in use."""
         return self._devices.statistics()
+
+    def place(self, group: InstanceGroup) -> InstanceGroup:
+        """On every GPU that JAX has, or else on the CPU; with another platform as default, that stays JAX's choice."""
+        platform = jax.default_backend()
+        if group.kind == "KIND_AUTO" and platform in ("cpu", "gpu"):
+            group = replace(group, kind=f"KIND_{platform.upper()}")
+        if group.kind == "KIND_GPU" and not group.gpus and platform == "gpu":
+            group = replace(group, gpus=tuple(range(len(jax.local_devices(backend="gpu")))))
+        return group
 
     @asynccontextmanager
     async def open_model(self, context: ModelContext) -> AsyncIterator[JaxModel]:
