@@ -83,6 +83,11 @@ class Steps:
         """The models that execute something now."""
         return sorted(execution.instance.split("_")[0] for execution in self.backend.running)
 
+    async def finish_first(self, model: str) -> None:
+        """Let the first that runs there end."""
+        next(each for each in self.of(model) if not each.ended.is_set()).finish()
+        await wait_all_tasks_blocked()
+
     async def finish(self, *models: str) -> None:
         """Let what runs there end, and wait until what follows has begun."""
         for model in models:

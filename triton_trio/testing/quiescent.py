@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from ..ensemble import EnsembleModel
 from ..instance import InstanceState
 from ..lifecycle import Outcome
 from ..model import Model, ModelState
@@ -57,6 +58,8 @@ def _left_in(model: Model, idle_sequences: bool) -> Iterator[str]:
         yield f"started {counters.started} requests, but the outcomes are {dict(counters.outcomes)}"
     if sum(counters.reasons.values()) != counters.outcomes[Outcome.CANCELLED] + counters.outcomes[Outcome.DEADLINE]:
         yield f"the reasons {dict(counters.reasons)} do not add up to the outcomes {dict(counters.outcomes)}"
+    if isinstance(model, EnsembleModel) and any(model.inflight):
+        yield f"requests that count against max_inflight_requests, by step: {model.inflight}"
     if isinstance(model, ScheduledModel):
         yield from _left_in_scheduler(model)
         if isinstance(model.scheduler, SequenceBatcher):
