@@ -93,6 +93,22 @@ async def test_soften_takes_noise_away_and_has_a_checkpoint_after_each_round() -
     assert checkpoints == model.ROUNDS
 
 
+def test_exposures_go_on_where_the_last_request_of_the_sequence_stopped() -> None:
+    model, picture = load("exposures"), landscape()
+    state = {"SUM_BEFORE": jnp.zeros(picture.shape), "TAKEN_BEFORE": jnp.zeros(1, jnp.int32)}
+    errors = []
+    for frames in (2, 14):
+        carry = model.init(None, {"IMAGE": picture, "FRAMES": jnp.array([frames]), **state})
+        while not bool(model.done(carry)):
+            carry = model.step(None, carry)
+        outputs = model.finish(None, carry)
+        errors.append(float(jnp.abs(outputs["AVERAGE"] - picture).mean()))
+        state = {"SUM_BEFORE": outputs["SUM"], "TAKEN_BEFORE": outputs["TAKEN"]}
+    assert int(state["TAKEN_BEFORE"][0]) == 16
+    # Sixteen exposures have a third of the noise that two have, all but a little.
+    assert errors[1] < 0.4 * errors[0]
+
+
 TREE = """\
 demo
 └── server
@@ -102,6 +118,12 @@ demo
         │   ├── instance inpaint_0_0
         │   │   └── batch of 8 rows: 5 of 8 requests live
         │   └── queue timeouts of inpaint:1
+        ├── model exposures:1
+        │   ├── instance exposures_0_0
+        │   │   └── waits for 1 of 'easel' (0 free)
+        │   ├── sequence 1 of exposures:1
+        │   │   └── slot 0 of exposures_0_0, 2 waiting
+        │   └── sequence 2 of exposures:1
         ├── model sketch:1
         │   └── instance sketch_0_0
         └── frontends
@@ -111,18 +133,27 @@ demo
                 │   ├── rpc /inference.GRPCInferenceService/ModelInfer #7
                 │   │   └── request #4 'a' of inpaint:1, executing
                 │   └── rpc /inference.GRPCInferenceService/ModelInfer #9
+                │       ├── request #5 'b' of studio:1, executing
+                │       └── step inpaint of studio
+                │           └── request #6 'b' of inpaint:1, queued
                 └── connection 127.0.0.1:6"""
 
 
-def test_excerpt_keeps_one_model_and_the_clients() -> None:
-    assert excerpt(TREE, "inpaint").splitlines() == [
+def test_excerpt_keeps_some_models_and_the_clients() -> None:
+    assert excerpt(TREE, "inpaint", "exposures").splitlines() == [
         "model inpaint:1",
         "├── queue: 1 waiting",
         "└── instance inpaint_0_0 › batch of 8 rows: 5 of 8 requests live",
+        "model exposures:1",
+        "├── instance exposures_0_0 › waits for 1 of 'easel' (0 free)",
+        "├── sequence 1 of exposures:1 › slot 0 of exposures_0_0, 2 waiting",
+        "└── sequence 2 of exposures:1",
         "grpc frontend",
         "├── connection 127.0.0.1:5",
         "│   ├── rpc ModelInfer #7 › request #4 'a' of inpaint:1, executing",
         "│   └── rpc ModelInfer #9",
+        "│       ├── request #5 'b' of studio:1, executing",
+        "│       └── step inpaint of studio › request #6 'b' of inpaint:1, queued",
         "└── connection 127.0.0.1:6",
     ]
 
@@ -156,4 +187,5 @@ def test_demo_holds_what_it_claims(tmp_path: Path) -> None:
     assert "claims, all checked" in done.stdout
     assert max(map(len, done.stdout.splitlines())) <= 110
     written = {path.name for path in (tmp_path / "demo-output").iterdir()}
-    assert written == {"restored.png", "previews.png", "sketch-and-soften.png"}
+    pictures = {"restored", "previews", "sketch-and-soften", "exposures", "studio"}
+    assert written == {f"{name}.png" for name in pictures}

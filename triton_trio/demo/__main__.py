@@ -68,7 +68,7 @@ async def demo(folder: Path) -> None:
     device = DeviceLog()
     backends = {"jax": lambda: JaxBackend(lambda name: device)}
     with logs() as cancels:
-        async with open_server(MODELS, backends=backends) as server:
+        async with open_server(MODELS, backends=backends, rate_limit="execution_count") as server:
             [address] = await serve_grpc(server, host="127.0.0.1", port=0)
             loaded = ", ".join(model.name for model in server.repository.loaded())
             print(f"Ready after {time.perf_counter() - began:.1f} s at {address}: {loaded}")

@@ -42,6 +42,8 @@ class Call:
         *,
         request_id: str = "",
         timeout: float | None = None,
+        sequence_id: int = 0,
+        sequence_start: bool = False,
     ) -> None:
         self.request_id = request_id
         self.done = trio.Event()
@@ -49,7 +51,13 @@ class Call:
         self.error: InferenceServerException | None = None
         self._token = trio.lowlevel.current_trio_token()
         self._context = client.async_infer(
-            model, to_inputs(arrays), callback=self._answered, request_id=request_id, client_timeout=timeout
+            model,
+            to_inputs(arrays),
+            callback=self._answered,
+            request_id=request_id,
+            client_timeout=timeout,
+            sequence_id=sequence_id,
+            sequence_start=sequence_start,
         )
 
     def cancel(self) -> None:

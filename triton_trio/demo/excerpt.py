@@ -1,11 +1,11 @@
-"""A part of the live tree: one model and the connections, without the tasks that are always there."""
+"""A part of the live tree: some models and the connections, without the tasks that are always there."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-_SHOWN = ("queue:", "instance", "batch", "connection", "rpc", "request")
+_SHOWN = ("queue:", "instance", "batch", "waits for", "sequence", "slot", "connection", "rpc", "request", "step")
 _SERVICE = "/inference.GRPCInferenceService/"
 
 
@@ -15,9 +15,10 @@ class _Node:
     children: list[_Node] = field(default_factory=list)
 
 
-def excerpt(tree: str, model: str) -> str:
-    """What ``tree`` (see :func:`triton_trio.observe.tree`) says of ``model`` and of the clients, drawn as two trees."""
-    top = [node for node in _walk(_parse(tree)) if node.name.startswith((f"model {model}:", "grpc frontend"))]
+def excerpt(tree: str, *models: str) -> str:
+    """What ``tree`` (see :func:`triton_trio.observe.tree`) says of ``models`` and of the clients, drawn as a tree for each."""
+    shown = (*(f"model {model}:" for model in models), "grpc frontend")
+    top = [node for node in _walk(_parse(tree)) if node.name.startswith(shown)]
     return "\n".join(line for node in top for line in _draw(_prune(node)))
 
 
@@ -40,7 +41,11 @@ def _walk(node: _Node) -> Iterator[_Node]:
 
 def _prune(node: _Node) -> _Node:
     children = [_prune(child) for child in node.children if child.name.startswith(_SHOWN)]
-    if node.name.startswith(("rpc", "instance")) and len(children) == 1 and not children[0].children:
+    if (
+        node.name.startswith(("rpc", "instance", "sequence", "step"))
+        and len(children) == 1
+        and not children[0].children
+    ):
         return _Node(f"{node.name} › {children[0].name}")  # one line for the two: nothing else can be there
     return _Node(node.name, children)
 

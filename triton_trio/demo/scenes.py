@@ -12,10 +12,8 @@ import trio
 from ..observe import tree
 from .clients import Call, StreamCall, Victim
 from .pictures import damage, damaged, write_png
-from .stage import Stage, say
-
-#: More than a scene ever waits for: minutes of work.
-ENDLESS = 1_000_000
+from .shared_scenes import SHARED_SCENES
+from .stage import ENDLESS, Stage, say
 
 
 async def an_answer(stage: Stage) -> None:
@@ -161,12 +159,14 @@ async def stream(stage: Stage) -> None:
     model = stage.model("inpaint_preview")
     call = StreamCall(stage.address, "inpaint_preview", stage.inputs(ENDLESS), request_id="watched")
     previews = [(await call.response()).as_numpy("PREVIEW")[0] for _ in range(12)]
-    await stage.show_tree("just before", model="inpaint_preview")
+    await stage.show_tree("just before", "inpaint_preview")
     cancelled = await call.cancel()
-    await stage.cancels.released("watched")
+    await stage.cancels.released("watched", model="inpaint_preview")
     await stage.gone("watched")
-    await stage.show_tree("just after", model="inpaint_preview")
-    stage.claim_cancelled("a cancel while streaming", ("watched", cancelled), reasons=["client_reset"])
+    await stage.show_tree("just after", "inpaint_preview")
+    stage.claim_cancelled(
+        "a cancel while streaming", ("watched", cancelled), reasons=["client_reset"], model="inpaint_preview"
+    )
     await stage.quiet()
     stage.claim("its instance is free", model.instances[0].batch is None)
     call.close()
@@ -182,4 +182,5 @@ SCENES = (
     killed_client,
     three_of_eight,
     stream,
+    *SHARED_SCENES,
 )

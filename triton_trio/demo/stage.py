@@ -21,6 +21,9 @@ from .watch import CancelLog, ClaimFailed, DeviceLog, within
 
 COLUMNS = 108
 
+#: Steps: more than a scene ever waits for, minutes of work.
+ENDLESS = 1_000_000
+
 
 def say(text: str, *, indent: int = 2) -> None:
     """Print lines, wrapped where they are long."""
@@ -58,21 +61,23 @@ class Stage:
         self.claims += 1
         say(f"✓ {text}")
 
-    async def show_tree(self, when: str, *, model: str = "inpaint") -> None:
-        """The part of the live tree that moves: the model's queue and batch, the connections and their requests."""
+    async def show_tree(self, when: str, *models: str) -> None:
+        """The part of the live tree that moves: queue and batch of ``models`` (default: inpaint), connections and requests."""
         for _ in range(3):  # what has been woken by a cancel runs to its end first
             await trio.lowlevel.checkpoint()
         say(f"{when}:")
-        say(excerpt(tree(), model), indent=6)
+        say(excerpt(tree(), *(models or ("inpaint",))), indent=6)
 
-    def claim_cancelled(self, what: str, *cancels: tuple[str, int], reasons: Collection[str]) -> None:
+    def claim_cancelled(
+        self, what: str, *cancels: tuple[str, int], reasons: Collection[str], model: str = "inpaint"
+    ) -> None:
         """What it cost to cancel requests (id, and when the client did it), and that nobody worked on for them.
 
         All of them are released.
         """
         took = most_chunks = most_steps = late = 0
         for request_id, cancelled_ns in cancels:
-            released = self.cancels[request_id]
+            released = self.cancels[model, request_id]
             say(f"server log: {released.line}")
             programs = self.device.after_cancel(request_id)
             took = max(took, released.ns - cancelled_ns)
@@ -88,7 +93,14 @@ class Stage:
         else:
             ran_on = f"of at most {WINDOW} on the device, {most_chunks} ran on ({most_steps} steps)"
             self.claim(f"no chunk was dispatched once the server knew; {ran_on}", late == 0 and most_chunks <= WINDOW)
-        row = (what, released.reason, released.stage, f"{took / 1e6:.1f}", str(most_chunks), str(most_steps))
+        row = (
+            what.rstrip(","),
+            released.reason,
+            released.stage,
+            f"{took / 1e6:.1f}",
+            str(most_chunks),
+            str(most_steps),
+        )
         self._summary.append(row)
 
     def print_summary(self) -> None:
@@ -131,8 +143,9 @@ class Stage:
             while not holds():  # noqa: ASYNC110 - see above
                 await trio.sleep(0.002)
 
-    async def queued(self, count: int) -> None:
-        await self.until(f"{count} requests wait", lambda: len(self.inpaint.scheduler) == count)
+    async def queued(self, count: int, *, model: str = "inpaint") -> None:
+        scheduler = self.model(model).scheduler
+        await self.until(f"{count} requests wait for {model}", lambda: len(scheduler) == count)
 
     async def gone(self, request_id: str) -> None:
         """Wait until no task and no place in the tree has the request."""

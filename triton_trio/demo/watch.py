@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -52,44 +52,45 @@ class Program:
 
 
 class _Events:
-    """Events by name, made by whoever comes first: the one who waits or the one who tells."""
+    """Events by key, made by whoever comes first: the one who waits or the one who tells."""
 
     def __init__(self) -> None:
-        self._events: defaultdict[str, trio.Event] = defaultdict(trio.Event)
+        self._events: defaultdict[Hashable, trio.Event] = defaultdict(trio.Event)
 
-    def set(self, name: str) -> None:
-        self._events[name].set()
+    def set(self, key: Hashable) -> None:
+        self._events[key].set()
 
-    async def wait(self, name: str) -> None:
-        await self._events[name].wait()
+    async def wait(self, key: Hashable) -> None:
+        await self._events[key].wait()
 
 
 class CancelLog(logging.Handler):
-    """The server's own log of cancelled requests, by request id."""
+    """The server's own log of cancelled requests, by model and request id: a step of an ensemble has its parent's id."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._released: dict[str, Released] = {}
+        self._released: dict[tuple[str, str], Released] = {}
         self._events = _Events()
 
     def emit(self, record: logging.LogRecord) -> None:
         now = time.monotonic_ns()
         fields: dict[str, Any] = vars(record)
-        self._released[fields["request_id"]] = Released(
+        key = fields["model"], fields["request_id"]
+        self._released[key] = Released(
             ns=now,
             line=record.getMessage(),
             reason=fields["reason"],
             stage=fields["stage"],
         )
-        self._events.set(fields["request_id"])
+        self._events.set(key)
 
-    def __getitem__(self, request_id: str) -> Released:
-        return self._released[request_id]
+    def __getitem__(self, key: tuple[str, str]) -> Released:
+        return self._released[key]
 
-    async def released(self, request_id: str) -> None:
+    async def released(self, request_id: str, *, model: str = "inpaint") -> None:
         """Wait until the request has let go of everything."""
-        with within(30, f"the server has let go of request '{request_id}'"):
-            await self._events.wait(request_id)
+        with within(30, f"{model} has let go of request '{request_id}'"):
+            await self._events.wait((model, request_id))
 
 
 class DeviceLog(Executor):
