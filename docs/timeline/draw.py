@@ -60,13 +60,16 @@ class Picture:
         return round(LEFT + (WIDTH - LEFT - RIGHT) * time / self.recording.ended, 1)
 
     def svg(self) -> str:
-        body = [*self.axis()]
         scopes = [lane for lane in self.lanes if _is_scope(lane)]
-        for lane in scopes:
-            body += self.links(lane)
+        links = [link for lane in scopes for link in self.links(lane)]
+        # What is drawn later lies above.
+        body = [*self.axis(), *(path for cancels, path in links if not cancels)]
         for lane in self.lanes:
             body.append(f'<text x="16" y="{self.y[lane.name] + 4.5}">{escape(lane.name)}</text>')
             body += self.scope(lane) if lane in scopes else self.request(lane)
+        body += [path for cancels, path in links if cancels]
+        for lane in self.lanes:
+            body += self.cancel_of_scope(lane) if lane in scopes else self.outcome(lane)
         return (
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {self.height}" width="{WIDTH}" '
             f'height="{self.height}" role="img">\n<title>{escape(self.title)}</title>\n<style>{STYLE}</style>\n'
@@ -86,21 +89,28 @@ class Picture:
     # Requests: a thin bar where it waits, a thick one where it executes, a sign and a word for how it ended
 
     def request(self, lane: Lane) -> Iterator[str]:
-        y = self.y[lane.name]
         for (begin, state), end in _spans(lane, self.recording.ended):
-            if not isinstance(state, RequestState):
-                continue
-            if state.outcome is None:
+            if isinstance(state, RequestState) and state.outcome is None:
                 executing = state.stage in (Stage.EXECUTING, Stage.RESPONDING)
-                yield self.bar("works" if executing else "waits", begin, end, y, EXECUTING if executing else WAITING)
-            else:
-                x = self.x(begin)
-                good = state.outcome is Outcome.OK
-                sign = f"M{x - 3.5} {y + 0.5}l2.5 2.5l4.5 -5.5" if good else f"M{x - 3} {y - 3}l6 6m0 -6l-6 6"
-                yield f'<circle class="disc-{"ok" if good else "bad"}" cx="{x}" cy="{y}" r="7.5"/>'
-                yield f'<path class="sign" d="{sign}"/>'
+                size = EXECUTING if executing else WAITING
+                yield self.bar("works" if executing else "waits", begin, end, self.y[lane.name], size)
+
+    def outcome(self, lane: Lane) -> Iterator[str]:
+        y = self.y[lane.name]
+        for time, state in lane.states:
+            if isinstance(state, RequestState) and state.outcome is not None:
+                x = self.x(time)
+                if state.outcome is Outcome.OK:
+                    yield f'<circle class="disc-ok" cx="{x}" cy="{y}" r="7.5"/>'
+                    yield f'<path class="sign" d="M{x - 3.5} {y + 0.5}l2.5 2.5l4.5 -5.5"/>'
+                else:
+                    yield from self.cross(x, y)
                 yield f'<text class="faint" x="{x + 12}" y="{y + 4}">{escape(state.reason or state.outcome.value)}</text>'
                 return
+
+    def cross(self, x: float, y: float) -> Iterator[str]:
+        yield f'<circle class="disc-bad" cx="{x}" cy="{y}" r="7.5"/>'
+        yield f'<path class="sign" d="M{x - 3} {y - 3}l6 6m0 -6l-6 6"/>'
 
     # Scopes: a band that is as thick as the scope has members; dashed from its cancel until all is released
 
@@ -112,46 +122,56 @@ class Picture:
                 continue
             if state.cancelled:
                 yield f'<rect class="drains" x="{x}" y="{y - 5}" width="{round(self.x(end) - x, 1)}" height="10" rx="2"/>'
-                yield f'<circle class="disc-bad" cx="{x}" cy="{y}" r="7.5"/>'
-                yield f'<path class="sign" d="M{x - 3} {y - 3}l6 6m0 -6l-6 6"/>'
             else:
                 yield self.bar("scope", begin, end, y, FIRST + MORE * max(0, len(state.members) - 1))
         for time in lane.checkpoints:
             yield f'<path class="checkpoint" d="M{self.x(time)} {y - 10}v20"/>'
-        for time, state in self.releases(lane):
+        for time, last in self.releases(lane):
             x = self.x(time)
             yield f'<path class="end" d="M{x} {y - 10}v20"/>'
-            if state is None:
+            if last:
                 yield f'<text class="faint" x="{x + 8}" y="{y + 4}">released</text>'
 
-    def releases(self, lane: Lane) -> Iterator[tuple[float, ScopeState | None]]:
-        """When a scope of the lane ended, and what came after it."""
+    def cancel_of_scope(self, lane: Lane) -> Iterator[str]:
         for (_, before), (time, after) in pairwise(lane.states):
-            if isinstance(before, ScopeState) and (
-                not isinstance(after, ScopeState) or after.generation != before.generation
+            if (
+                isinstance(after, ScopeState)
+                and after.cancelled
+                and not (isinstance(before, ScopeState) and before.cancelled)
             ):
-                yield time, after if isinstance(after, ScopeState) else None
+                yield from self.cross(self.x(time), self.y[lane.name])
 
-    def links(self, lane: Lane) -> Iterator[str]:
-        """Who joined the scope and who left it, and in which direction a cancel went."""
+    def releases(self, lane: Lane) -> Iterator[tuple[float, bool]]:
+        """When each scope of the lane ended, and whether nothing follows at that moment."""
+        for (_, before), (time, after) in pairwise(lane.states):
+            if isinstance(before, ScopeState) and (after is None or after.generation != before.generation):
+                yield time, [state for at, state in lane.states if at == time][-1] is None
+
+    def links(self, lane: Lane) -> Iterator[tuple[bool, str]]:
+        """Who joined the scope and who left it, and in which direction a cancel went; with each path, whether it is one."""
         before: frozenset[str] = frozenset()
         for time, state in lane.states:
             after = state.members if isinstance(state, ScopeState) else frozenset()
             for name in sorted(after ^ before, key=list(self.y).index):
-                yield from self.link(lane.name, name, time, joins=name in after)
+                yield from self.link(lane, name, time, joins=name in after)
             before = after
 
-    def link(self, scope: str, member: str, time: float, *, joins: bool) -> Iterator[str]:
-        x, here, there = self.x(time), self.y[member], self.y[scope]
+    def link(self, lane: Lane, member: str, time: float, *, joins: bool) -> Iterator[tuple[bool, str]]:
+        x, here, there = self.x(time), self.y[member], self.y[lane.name]
         reason = "" if joins else self.reason(member, time)
-        down = 1 if there > here else -1
         if not reason:
-            yield f'<path class="join" d="M{x} {here}V{there}"/>'
-            yield f'<circle class="dot" cx="{x}" cy="{here}" r="2.5"/>'
-            return
-        tip, turn = (here + 9 * down, down) if reason in FROM_SCOPE else (there - 9 * down, -down)
-        yield f'<path class="cancel" d="M{x} {here}V{there}"/>'
-        yield f'<path class="head" d="M{x} {tip}l-4.5 {8 * turn}h9z"/>'
+            yield False, f'<path class="join" d="M{x} {here}V{there}"/>'
+            yield False, f'<circle class="dot" cx="{x}" cy="{here}" r="2.5"/>'
+        elif reason not in FROM_SCOPE:
+            yield True, f'<path class="cancel" d="M{x} {here}V{there}"/>'
+            yield True, f'<path class="head" d="M{x} {there - 9}l-4.5 -8h9z"/>'
+        elif lane.spreads:
+            # Around the others, from the scope to its member.
+            yield (
+                True,
+                f'<path class="cancel" d="M{x} {there}C{x - 44} {there - 6} {x - 44} {here + 6} {x - 13} {here + 2}"/>',
+            )
+            yield True, f'<path class="head" d="M{x - 8} {here}l-9 -2.5l3 8z"/>'
 
     def reason(self, member: str, time: float) -> str:
         """Why ``member`` was cancelled at ``time``; empty if it was not."""

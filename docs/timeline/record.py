@@ -42,10 +42,14 @@ class Lane:
 
     name: str
     look: Callable[[], State | None]
+    spreads: bool = False  # a scope whose cancel goes to all members
     states: list[tuple[float, State | None]] = field(default_factory=list)
     checkpoints: list[float] = field(default_factory=list)
 
     def sample(self, now: float) -> None:
+        # One state for each moment: which of several tasks goes on first is chance.
+        if self.states and self.states[-1][0] == now:
+            self.states.pop()
         state = self.look()
         if state != (self.states[-1][1] if self.states else None):
             self.states.append((now, state))
@@ -70,9 +74,9 @@ class Recording(trio.abc.Instrument):
         self.lanes.append(Lane(request.request_id, look))
         return request
 
-    def scope(self, name: str, look: Callable[[], ScopeState | None]) -> Lane:
+    def scope(self, name: str, look: Callable[[], ScopeState | None], *, spreads: bool = False) -> Lane:
         """A lane for scopes that follow each other; ``look`` returns None while there is none."""
-        self.lanes.append(Lane(name, look))
+        self.lanes.append(Lane(name, look, spreads))
         return self.lanes[-1]
 
     @property

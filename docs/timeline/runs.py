@@ -92,6 +92,19 @@ class Stage:
         lane = self.recording.scope("execution", look)
         self._device.on_checkpoint = lambda: lane.checkpoints.append(self.recording.now)
 
+    def sequence(self, sequence_id: str) -> None:
+        """A lane for the scopes of the sequences with this correlation ID, which are not there at the same time."""
+        scheduler = self.model.scheduler
+
+        def look() -> ScopeState | None:
+            for sequence in scheduler.sequences():
+                if sequence.sequence_id == sequence_id:
+                    members = frozenset(request.request_id for request in sequence.scope)
+                    return ScopeState(sequence.generation, members, sequence.scope.cancel_scope.cancel_called)
+            return None
+
+        self.recording.scope(f"sequence {sequence_id}", look, spreads=True)
+
 
 @asynccontextmanager
 async def stage(recording: Recording, config: str) -> AsyncIterator[Stage]:
@@ -143,3 +156,21 @@ async def all_leave(recording: Recording) -> None:
         for request in requests[:4]:
             await trio.sleep(0.15)
             request.cancel(Reason.CLIENT_RESET)
+
+
+SEQUENCES = scripted_config(max_batch_size=1, more="sequence_batching { direct { } }")
+
+
+@run("One of three requests of sequence A is cancelled: the scope is, and with it the others; sequence B gets the slot")
+async def any_leaves(recording: Recording) -> None:
+    async with stage(recording, SEQUENCES) as it:
+        it.sequence("A")
+        it.sequence("B")
+        it.execution()
+        requests = []
+        for number in (1, 2, 3):
+            requests.append(it.client(f"A, request {number}", sequence_id="A", sequence_start=number == 1))
+            await trio.sleep(0.08)
+        it.client("B, request 1", sequence_id="B", sequence_start=True, sequence_end=True)
+        await trio.sleep(0.36)
+        requests[1].cancel(Reason.CLIENT_RESET)
