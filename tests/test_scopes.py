@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from triton_trio.scopes import BatchScope, Reason
+from triton_trio.scopes import BatchScope, Reason, SequenceScope
 
 
 async def delivered(cancel: Callable[[trio.CancelScope], None]) -> trio.Cancelled:
@@ -121,3 +121,76 @@ def test_a_batch_scope_is_cancelled_when_a_leaver_leaves_it_empty_and_never_othe
             assert scope.cancel_scope.cancel_called is cancelled
 
     trio.run(main, clock=MockClock(autojump_threshold=0))
+
+
+class Mate:
+    """A member of a sequence that notes its cancel, and says so to its scope, as a request does."""
+
+    def __init__(self, scope: SequenceScope[Mate]) -> None:
+        self.scope = scope
+        self.cancels: list[tuple[Reason, str]] = []
+        scope.join(self)
+
+    def cancel(self, reason: Reason, why: str) -> None:
+        self.cancels.append((reason, why))
+        assert self.scope.cancel_scope.cancel_called
+        assert not self.scope.leave(self, reason)
+
+
+async def test_whoever_leaves_a_sequence_takes_all_others_along_at_that_instant() -> None:
+    scope: SequenceScope[Mate] = SequenceScope()
+    first, second, third = (Mate(scope) for _ in range(3))
+    assert scope.leave(second, Reason.CLIENT_RESET, "second was cancelled")
+    expected = [(Reason.SEQUENCE_CANCELLED, "second was cancelled")]
+    assert (first.cancels, second.cancels, third.cancels) == (expected, [], expected)
+    assert len(scope) == 0
+    assert not scope.join(Mate(SequenceScope()))
+    assert repr(scope) == "<SequenceScope cancelled>"
+
+
+async def test_whoever_was_served_is_no_member_any_more() -> None:
+    scope: SequenceScope[Mate] = SequenceScope()
+    served, waiting = Mate(scope), Mate(scope)
+    scope.discard(served)
+    assert list(scope) == [waiting]
+    assert scope.cancel(Reason.ADMIN, "why not")
+    assert not scope.cancel(Reason.ADMIN)
+    assert (served.cancels, waiting.cancels) == ([], [(Reason.SEQUENCE_CANCELLED, "why not")])
+
+
+@pytest.mark.parametrize("reason", [Reason.MODEL_UNLOADING, Reason.SERVER_DRAIN])
+async def test_what_ends_everything_is_every_member_s_own_reason(reason: Reason) -> None:
+    scope: SequenceScope[Mate] = SequenceScope()
+    mate = Mate(scope)
+    scope.cancel(reason)
+    assert mate.cancels == [(reason, "")]
+
+
+async def test_B2_to_leave_a_sequence_twice_is_to_leave_it_once() -> None:
+    scope: SequenceScope[Mate] = SequenceScope()
+    gone, mate = Mate(scope), Mate(scope)
+    assert scope.leave(gone, Reason.ADMIN)
+    assert not scope.leave(gone, Reason.CLIENT_RESET)
+    assert not scope.leave(mate, Reason.CLIENT_RESET)
+    assert len(mate.cancels) == 1
+
+
+async def test_a_sequence_s_task_sees_the_reason_of_the_first() -> None:
+    scope: SequenceScope[Mate] = SequenceScope()
+    mate = Mate(scope)
+    seen = []
+
+    async def live() -> None:
+        with scope.cancel_scope:
+            try:
+                await trio.sleep_forever()
+            except trio.Cancelled as exc:
+                seen.append(Reason.of(exc))
+                raise
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(live)
+        await wait_all_tasks_blocked()
+        scope.leave(mate, Reason.DEADLINE)
+        scope.cancel(Reason.ADMIN)
+    assert seen == [Reason.DEADLINE]

@@ -33,7 +33,7 @@ class Seat:
     index: int = 0  #: among the model's instances
     permit: Permit | None = None  #: None: no rate limiter
     name: str = ""
-    release_limit: float = INF  #: seconds within which its device lets go of what nobody wants, or it is quarantined
+    release_limit: float = 10.0  #: seconds within which its device lets go of what nobody wants, or it is quarantined
     on_sequence_end: Callable[[SequenceEnd], None] = lambda end: None
 
     def give_back(self) -> None:
@@ -165,7 +165,8 @@ class Scheduler(ABC):
                     again_at = self.ready_at(now, seat)
                 if again_at <= now:
                     if permit is not None and not permit.acquire_nowait():
-                        self._wake()  # what another instance needs may be free
+                        for index in tuple(self._idle):
+                            self._wake(index)  # what another instance needs may be free
                         await self._stand_in_line(seat, permit)
                         continue
                     # From the resources to the batch without a checkpoint: a request is never cancelled in between.

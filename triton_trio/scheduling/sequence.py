@@ -68,6 +68,7 @@ class InferenceSequence:
         self.executed = False  #: whether anything ever was
         self.slots: SequenceSlots | None = None  #: those of its instance; None until it has one of them
         self.slot = -1
+        self.turn = 0  #: its place among those that wait for an instance
         self.ended: SequenceEnd | None = None
         self.released = False
         #: Whether all older ones with its ID are released; until then it gets no slot.

@@ -19,7 +19,6 @@ import logging
 from abc import abstractmethod
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import TYPE_CHECKING
 
 import trio
@@ -75,6 +74,7 @@ class SequenceBatcher(Scheduler):
         self._options = options
         self._model_name = options.model_name
         self._tensors = tensors
+        self._turns = itertools.count()
         self._nameless_ids = itertools.cycle(range(_NAMELESS, _NAMELESS // 2, -1))
         self._nursery: trio.Nursery | None = None
         self._label = ""
@@ -283,15 +283,17 @@ class SequenceBatcher(Scheduler):
     def _look(self, sequence: InferenceSequence) -> None:
         """It has got a request, or the device has let go of one: if one can be executed now, say so to an instance."""
         slots = sequence.slots
-        if not sequence.ready:
+        if not sequence.ready or not sequence.first_of_its_id:
             return
-        if slots is not None:
-            if sequence not in slots.ready:
-                slots.ready[sequence] = trio.current_time()
-                self._wake(slots.seat.index)
-        elif sequence.first_of_its_id and sequence not in self._backlog:
-            self._backlog[sequence] = trio.current_time()
+        line = self._backlog if slots is None else slots.ready
+        if sequence in line:
+            return
+        line[sequence] = trio.current_time()
+        sequence.turn = next(self._turns)
+        if slots is None:
             self._wake_for_backlog()
+        else:
+            self._wake(slots.seat.index)
 
     def _not_ready(self, sequence: InferenceSequence) -> None:
         self._backlog.pop(sequence, None)
@@ -384,7 +386,7 @@ class SequenceBatcher(Scheduler):
         if not self._backlog or not slots.free:
             return iter(slots.ready.items())
         backlog = itertools.islice(self._backlog.items(), slots.free)
-        return heapq.merge(slots.ready.items(), backlog, key=itemgetter(1))
+        return heapq.merge(slots.ready.items(), backlog, key=_turn)
 
     def signature(self, sequence: InferenceSequence) -> Hashable:
         """Only sequences with equal ones may share a batch."""
@@ -398,3 +400,7 @@ class SequenceBatcher(Scheduler):
         if slots is None:
             slots = self._slots[seat.index] = SequenceSlots(seat, self._options.slots)
         return slots
+
+
+def _turn(entry: tuple[InferenceSequence, float]) -> int:
+    return entry[0].turn
