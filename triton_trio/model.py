@@ -115,7 +115,10 @@ class Model(ABC):
 
         Otherwise the end of a step's model would be the end of requests that have a grace of their own.
         """
-        return self.state in (ModelState.READY, ModelState.UNLOADING) and not self._stopping and self._able()
+        return self.state in (ModelState.READY, ModelState.UNLOADING) and not self._stopping and self._able_to_finish()
+
+    def _able_to_finish(self) -> bool:
+        return self._able()
 
     def statistics(self) -> ModelStatistics:
         return ModelStatistics(

@@ -152,10 +152,10 @@ class Flow:
 
     async def _infer(self, step: Step, inputs: Tensors) -> Tensors | None:
         """The tensors that ``step`` makes; None if it failed, and everything has been said."""
-        await trio.lowlevel.checkpoint_if_cancelled()
         child = self._child(step, inputs)
         try:
             async with self._ensemble.limit(step.index):
+                await trio.lowlevel.checkpoint_if_cancelled()
                 response = await self._ensemble.step_model(step.index).infer(child)
         except TritonError as exc:
             self._fail(child, exc)
@@ -167,13 +167,13 @@ class Flow:
         """A decoupled step: each of its responses becomes a branch."""
         # Of two such steps in a row, one at a time: the one whose turn it is must never wait for the other.
         await branch.wait_turn()
-        await trio.lowlevel.checkpoint_if_cancelled()
         child = self._child(step, inputs)
         slots = trio.Semaphore(BRANCHES)
         previous: trio.Event | None = None
         response: InferenceResponse | None = None
         try:
             async with self._ensemble.limit(step.index):
+                await trio.lowlevel.checkpoint_if_cancelled()
                 async with self._ensemble.step_model(step.index).open_responses(child) as responses:
                     async for response in responses:
                         if response.final:

@@ -124,7 +124,8 @@ class Graph:
 
 
 def _step(index: int, step: EnsembleStep, model: ModelConfig, needed: Mapping[str, None], ensemble: str) -> Step:
-    makes = tuple((output, tensor) for output, tensor in step.output_map.items() if tensor in needed)
+    tensors = step.output_map
+    makes = tuple((output.name, tensors[output.name]) for output in model.outputs if tensors.get(output.name) in needed)
     return Step(
         index=index,
         decoupled=model.decoupled,

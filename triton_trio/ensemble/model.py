@@ -102,8 +102,8 @@ class EnsembleModel(Model):
             self._able()
         return self._models[index]
 
-    def takes_steps(self) -> bool:
-        return super().takes_steps() and (self._able() or all(model.takes_steps() for model in self._models))
+    def _able_to_finish(self) -> bool:
+        return self._able() or all(model.takes_steps() for model in self._models)
 
     def limit(self, index: int) -> AbstractAsyncContextManager[object]:
         """Held while a request of the step ``index`` is in flight (``max_inflight_requests``).
