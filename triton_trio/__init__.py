@@ -5,7 +5,9 @@ General layout, from the wire to the device (dependencies point down; a file kno
     cli.py                    tritonserver's flags
     grpc/                     HTTP/2, RPC scopes, the inference service; usable alone
     server.py repository.py   the nursery tree; load and unload
-    model.py instance.py      one loaded version; the task that executes batches
+    model.py                  one loaded version and its requests, of either kind:
+    ensemble/                 ... a nursery of steps, which are requests to other models
+    scheduled_model.py        ... a scheduler, and instances that execute batches (instance.py)
     scheduling/               who is served when: synchronous decisions
     backends/                 what runs behind a model: JAX, identity
     batch.py request.py       what travels through all of it

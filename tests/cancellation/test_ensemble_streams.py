@@ -310,18 +310,19 @@ async def test_A4_a_cancel_in_the_tick_of_the_grant(serve: Serve, order: tuple[s
     async with serve(limited(1), backend) as server:
         ensemble = server.model("e")
         assert isinstance(ensemble, EnsembleModel)
-
+        assert ensemble._limits is not None
         async with calling(ensemble) as callers:
-            holder, waiter, next_one = await callers.call_all("hwn")
+            _, waiter, next_one = await callers.call_all("hwn")
             for act in order:
                 if act == "grant":
-                    holder.leave()  # its task gives the slot back when it runs; until then it is nobody else's
-                    while ensemble._limits is not None and ensemble._limits[0].statistics().tasks_waiting == 2:
-                        await trio.lowlevel.checkpoint()
+                    ensemble._limits[0].total_tokens = 2  # one more: whoever waits has it at this instant
+                    assert ensemble.inflight == (2,)
                 else:
                     waiter.leave()
             await wait_all_tasks_blocked()
-            assert ensemble.inflight == (1,)
+            # If the waiter had the slot, it went on to the next one, once.
+            assert ensemble.inflight == (2 if "grant" in order else 1,)
+            assert server.model("m").counters.started == ensemble.inflight[0]
             for _ in range(2):
                 for execution in backend.running:
                     execution.finish()

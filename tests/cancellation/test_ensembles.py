@@ -161,6 +161,48 @@ async def test_A7_a_step_that_would_begin_one_tick_after_the_cancel_does_no_work
         assert len(backend.executions) == 1
 
 
+# Sequences
+
+SEQUENCE = {
+    "s": scripted_config(max_batch_size=1, more="sequence_batching { oldest { max_candidate_sequences: 4 } }"),
+    "e": ensemble_config(step("s", "INPUT0", "OUTPUT0"), max_batch_size=1),
+}
+
+
+@pytest.mark.parametrize("who", ["the ensemble's", "another one"])
+async def test_A7_a_step_is_a_member_of_its_sequence(serve: Serve, who: str) -> None:
+    """One request of a sequence comes through an ensemble, the next one does not: whoever is cancelled, both are."""
+    backend = ScriptedBackend()
+    async with serve(SEQUENCE, backend) as server:
+        async with calling(server.model("e")) as ensembles, calling(server.model("s")) as direct:
+            inside = await ensembles.call("inside", rows=1, sequence_id=7, sequence_start=True)
+            outside = await direct.call("outside", rows=1, sequence_id=7)
+            victim, mate = (inside, outside) if who == "the ensemble's" else (outside, inside)
+            victim.leave()
+            await wait_all_tasks_blocked()
+            assert victim.request.reason is Reason.CLIENT_RESET
+            assert mate.request.reason is Reason.SEQUENCE_CANCELLED
+            assert mate.error is not None
+            assert mate.error.message.startswith("in ensemble 'e', " if mate is inside else "[request id: outside]")
+            assert "sequence 7 of model 's' was cancelled" in mate.error.message
+            again = await direct.call("again", rows=1, sequence_id=7)
+            assert again.error is not None
+            assert "must specify the START flag" in again.error.message
+
+
+async def test_a_whole_sequence_through_an_ensemble(serve: Serve) -> None:
+    backend = ScriptedBackend(automatic=True)
+    async with serve(SEQUENCE, backend) as server:
+        async with calling(server.model("e")) as callers:
+            await callers.call("first", rows=1, sequence_id=7, sequence_start=True)
+            await callers.call("second", rows=1, sequence_id=7)
+            await callers.call("last", rows=1, sequence_id=7, sequence_end=True)
+            late = await callers.call("late", rows=1, sequence_id=7)
+        assert [call.outcome for call in callers.calls] == [Outcome.OK] * 3 + [Outcome.ERROR]
+        assert late.error is not None
+        assert "in ensemble 'e', inference request for sequence 7 to model 's' must specify" in late.error.message
+
+
 # Failures
 
 
