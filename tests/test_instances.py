@@ -100,6 +100,30 @@ async def test_with_a_strict_config_too(serve: Serve) -> None:
         assert server.model("m").config.instance_groups[0].kind == "KIND_CPU"
 
 
+@pytest.mark.parametrize(
+    ("platform", "kind", "gpus", "placed"),
+    [
+        ("cpu", "KIND_AUTO", (), ("KIND_CPU", ())),
+        ("gpu", "KIND_AUTO", (), ("KIND_GPU", (0, 1))),
+        ("gpu", "KIND_AUTO", (1,), ("KIND_GPU", (1,))),
+        ("gpu", "KIND_GPU", (), ("KIND_GPU", (0, 1))),
+        ("gpu", "KIND_CPU", (), ("KIND_CPU", ())),
+        ("tpu", "KIND_AUTO", (), ("KIND_AUTO", ())),
+        ("cpu", "KIND_GPU", (), ("KIND_GPU", ())),  # refused when it is opened, with the devices there are
+    ],
+)
+def test_where_the_jax_backend_places_a_group(
+    monkeypatch: pytest.MonkeyPatch, platform: str, kind: str, gpus: tuple[int, ...], placed: tuple[object, ...]
+) -> None:
+    jax = pytest.importorskip("jax")
+    from triton_trio.backends.jax import JaxBackend
+
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(jax, "local_devices", lambda backend: ["one", "two"])
+    group = JaxBackend().place(InstanceGroup(kind=kind, gpus=gpus))
+    assert (group.kind, group.gpus) == placed
+
+
 async def test_a_request_goes_to_the_instance_that_is_ready_first(serve: Serve) -> None:
     backend = ScriptedBackend()
     async with serve({"m": scripted_config(instances=3)}, backend) as server, calling(server.model("m")) as callers:

@@ -308,6 +308,29 @@ async def test_A4_one_who_goes_lets_the_next_model_have_it(serve: Serve) -> None
                 execution.finish()
 
 
+@pytest.mark.parametrize("strategy", ["direct { }", "oldest { max_candidate_sequences: 4 }"])
+async def test_A4_a_sequence_is_cancelled_while_its_instance_waits(serve: Serve, strategy: str) -> None:
+    backend = ScriptedBackend()
+    models = {"a": limited(), "s": limited(max_batch_size=1, sequences=strategy)}
+    async with serving(serve, models, backend) as server:
+        async with calling(server.model("a")) as a, calling(server.model("s")) as s:
+            await a.call("a")
+            (first,) = await s.call_all("1", rows=1, sequence_id=7, sequence_start=True)
+            (second,) = await s.call_all("2", rows=1, sequence_id=7)
+            assert (executed(backend), in_line(server)) == (["a"], 1)
+            second.leave()
+            # Nothing has run since; the other request of the sequence is told, and the line is empty.
+            assert (second.outcome, in_line(server)) == (Outcome.CANCELLED, 0)
+            await first.ended.wait()
+            assert first.request.reason is Reason.SEQUENCE_CANCELLED
+            third = await s.call("3", rows=1, sequence_id=7, sequence_start=True, sequence_end=True)
+            backend.executions[0].finish()
+            await wait_all_tasks_blocked()
+            assert executed(backend) == ["a", "3"]
+            backend.executions[1].finish()
+        assert third.outcome is Outcome.OK
+
+
 async def test_a_queue_timeout_passes_while_resources_are_awaited(serve: Serve, autojump_clock: MockClock) -> None:
     timed = limited(max_batch_size=1, batching="default_queue_policy { default_timeout_microseconds: 5000000 }")
     backend = ScriptedBackend()
