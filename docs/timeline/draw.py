@@ -162,6 +162,9 @@ class Picture:
         if not reason:
             yield False, f'<path class="join" d="M{x} {here}V{there}"/>'
             yield False, f'<circle class="dot" cx="{x}" cy="{here}" r="2.5"/>'
+        elif lane.nests:
+            yield True, f'<path class="cancel" d="M{x} {there}V{here}"/>'
+            yield True, f'<path class="head" d="M{x} {here + 9}l-4.5 8h9z"/>'
         elif reason not in FROM_SCOPE:
             yield True, f'<path class="cancel" d="M{x} {here}V{there}"/>'
             yield True, f'<path class="head" d="M{x} {there - 9}l-4.5 -8h9z"/>'

@@ -42,7 +42,8 @@ class Lane:
 
     name: str
     look: Callable[[], State | None]
-    spreads: bool = False  # a scope whose cancel goes to all members
+    spreads: bool = False  # a scope: a member's cancel goes to all others
+    nests: bool = False  # a scope: its members are inside of it
     states: list[tuple[float, State | None]] = field(default_factory=list)
     checkpoints: list[float] = field(default_factory=list)
 
@@ -66,17 +67,25 @@ class Recording(trio.abc.Instrument):
     def request(self, request: triton_trio.InferenceRequest) -> triton_trio.InferenceRequest:
         """A lane for ``request``, with its id for a name."""
 
-        def look() -> RequestState | None:
-            if not request.model_name:  # no model has it yet
-                return None
-            return RequestState(request.stage, request.outcome, request.reason.value if request.reason else "")
-
-        self.lanes.append(Lane(request.request_id, look))
+        self.lanes.append(Lane(request.request_id, lambda: _state(request)))
         return request
 
-    def scope(self, name: str, look: Callable[[], ScopeState | None], *, spreads: bool = False) -> Lane:
+    def step(self, name: str, find: Callable[[], triton_trio.InferenceRequest | None]) -> None:
+        """A lane for a request that somebody else makes; ``find`` is asked until it returns it."""
+        found: list[triton_trio.InferenceRequest] = []
+
+        def look() -> RequestState | None:
+            if not found and (request := find()) is not None:
+                found.append(request)
+            return _state(found[0]) if found else None
+
+        self.lanes.append(Lane(name, look))
+
+    def scope(
+        self, name: str, look: Callable[[], ScopeState | None], *, spreads: bool = False, nests: bool = False
+    ) -> Lane:
         """A lane for scopes that follow each other; ``look`` returns None while there is none."""
-        self.lanes.append(Lane(name, look, spreads))
+        self.lanes.append(Lane(name, look, spreads, nests))
         return self.lanes[-1]
 
     @property
@@ -86,6 +95,12 @@ class Recording(trio.abc.Instrument):
     def after_task_step(self, task: trio.lowlevel.Task) -> None:
         for lane in self.lanes:
             lane.sample(self.now)
+
+
+def _state(request: triton_trio.InferenceRequest) -> RequestState | None:
+    if not request.model_name:  # no model has it yet
+        return None
+    return RequestState(request.stage, request.outcome, request.reason.value if request.reason else "")
 
 
 def record(run: Callable[[Recording], Awaitable[None]]) -> Recording:

@@ -12,7 +12,7 @@ import numpy as np
 import trio
 
 import triton_trio
-from triton_trio import InferenceRequest, Model, Reason
+from triton_trio import InferenceRequest, InferenceServer, Model, Reason
 from triton_trio.backends import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from triton_trio.batch import Batch
 from triton_trio.testing.models import open_test_server, scripted_config
@@ -52,20 +52,59 @@ class ChunkBackend(Backend, BackendModel, BackendInstance):
 
 
 class Stage:
-    """One model with one instance, clients that come one after another, and a lane for each."""
+    """Models with one instance each, clients that come one after another, and a lane for each client."""
 
-    def __init__(self, recording: Recording, model: Model, device: ChunkBackend, nursery: trio.Nursery) -> None:
+    def __init__(
+        self, recording: Recording, server: InferenceServer, device: ChunkBackend, nursery: trio.Nursery
+    ) -> None:
         self.recording = recording
-        self.model = model
+        self.server = server
+        self.model = server.model("model")
         self._device = device
         self._nursery = nursery
 
-    def client(self, name: str, **options: object) -> InferenceRequest:
+    def client(self, name: str, *, model: str = "model", **options: object) -> InferenceRequest:
         """A client who asks now."""
-        row = np.zeros((1, 2) if self.model.config.max_batch_size else 2, np.float32)
-        request = self.recording.request(self.model.request({"INPUT0": row}, request_id=name, **options))  # type: ignore[arg-type]
-        self._nursery.start_soon(self._ask, request, name=name)
+        return self.recording.request(self._start(name, self.server.model(model), **options))
+
+    def _start(self, name: str, model: Model, **options: object) -> InferenceRequest:
+        row = np.zeros((1, 2) if model.config.max_batch_size else 2, np.float32)
+        request = model.request({"INPUT0": row}, request_id=name, **options)  # type: ignore[arg-type]
+        self._nursery.start_soon(self._ask, model, request, name=name)
         return request
+
+    def ensemble(self, name: str) -> InferenceRequest:
+        """A client who asks now; the lane is one of a scope, with the steps as members."""
+        request = self._start(name, self.model)
+
+        def look() -> ScopeState | None:
+            if not request.model_name:
+                return None
+            if request.outcome is not None:
+                return ScopeState(0, frozenset(), request.is_cancelled) if self._on_a_device(request) else None
+            steps = frozenset(lane.name for lane in self.recording.lanes if lane.name.startswith("step "))
+            return ScopeState(0, steps, cancelled=False)
+
+        self.recording.scope(f"request of {name}", look, nests=True)
+        return request
+
+    def _on_a_device(self, parent: InferenceRequest) -> bool:
+        instances = [
+            instance for model in self.server.repository.loaded() for instance in getattr(model, "instances", ())
+        ]
+        batches = [instance.batch for instance in instances if instance.batch is not None]
+        return any(member.request.parent is parent for batch in batches for member in batch.members)
+
+    def step(self, parent: InferenceRequest, name: str) -> None:
+        """A lane for the step of ``parent`` at the model ``name``."""
+        model = self.server.model(name)
+
+        def find() -> InferenceRequest | None:
+            batch = model.instances[0].batch
+            here = [*model.scheduler.queued(), *(member.request for member in batch.members)] if batch else []
+            return next((request for request in here if request.parent is parent), None)
+
+        self.recording.step(f"step {name}", find)
 
     async def clients(self, *names: str) -> list[InferenceRequest]:
         """Clients who ask one after another."""
@@ -75,9 +114,9 @@ class Stage:
             await trio.sleep(0.08)
         return requests
 
-    async def _ask(self, request: InferenceRequest) -> None:
+    async def _ask(self, model: Model, request: InferenceRequest) -> None:
         with suppress(triton_trio.TritonError):  # how it ended is in its lane
-            await self.model.infer(request)
+            await model.infer(request)
 
     def execution(self) -> None:
         """A lane for the scope of what the instance executes."""
@@ -107,11 +146,14 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(recording: Recording, config: str) -> AsyncIterator[Stage]:
+async def stage(recording: Recording, config: str, **others: str) -> AsyncIterator[Stage]:
     device = ChunkBackend()
     with tempfile.TemporaryDirectory() as folder:
-        async with open_test_server(Path(folder), {"model": config}, device) as server, trio.open_nursery() as nursery:
-            yield Stage(recording, server.model("model"), device, nursery)
+        async with (
+            open_test_server(Path(folder), {"model": config, **others}, device) as server,
+            trio.open_nursery() as nursery,
+        ):
+            yield Stage(recording, server, device, nursery)
 
 
 BATCHED = scripted_config(max_batch_size=4, batching="max_queue_delay_microseconds: 300000")
@@ -174,3 +216,37 @@ async def any_leaves(recording: Recording) -> None:
         it.client("B, request 1", sequence_id="B", sequence_start=True, sequence_end=True)
         await trio.sleep(0.36)
         requests[1].cancel(Reason.CLIENT_RESET)
+
+
+PAGE = """
+platform: "ensemble"
+input { name: "INPUT0" data_type: TYPE_FP32 dims: [ 2 ] }
+output { name: "PICTURE" data_type: TYPE_FP32 dims: [ 2 ] }
+output { name: "TEXT" data_type: TYPE_FP32 dims: [ 2 ] }
+ensemble_scheduling {
+  step {
+    model_name: "draw"
+    model_version: -1
+    input_map { key: "INPUT0" value: "INPUT0" }
+    output_map { key: "OUTPUT0" value: "PICTURE" }
+  }
+  step {
+    model_name: "describe"
+    model_version: -1
+    input_map { key: "INPUT0" value: "INPUT0" }
+    output_map { key: "OUTPUT0" value: "TEXT" }
+  }
+}
+"""
+
+
+@run("The client of an ensemble leaves, while one of its steps executes and another waits in the queue of a stranger")
+async def parent_leaves(recording: Recording) -> None:
+    async with stage(recording, PAGE, draw=scripted_config(), describe=scripted_config()) as it:
+        it.client("a stranger, at draw", model="draw")
+        await trio.sleep(0.15)
+        page = it.ensemble("page")
+        it.step(page, "draw")
+        it.step(page, "describe")
+        await trio.sleep(0.45)
+        page.cancel(Reason.CLIENT_RESET)
