@@ -15,7 +15,16 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.callers import Call, calling
 from tests.ensemble.world import FAMILY, Steps, ensemble_config, in_flight, join_config, outcomes, reasons, step
-from triton_trio import InferenceServer, InternalError, Model, Outcome, Reason, RequestCancelled, Unavailable
+from triton_trio import (
+    InferenceRequest,
+    InferenceServer,
+    InternalError,
+    Model,
+    Outcome,
+    Reason,
+    RequestCancelled,
+    Unavailable,
+)
 from triton_trio.observe import tree
 from triton_trio.testing import ScriptedBackend, Victim, open_test_server, orders, scripted_config, sweep
 from triton_trio.testing.fixtures import Serve
@@ -408,7 +417,9 @@ async def drive(backend: ScriptedBackend) -> None:
             number += 1
 
 
-async def test_A7_B3_a_cancel_at_every_scheduling_point(tmp_path: Path) -> None:
+@pytest.mark.parametrize("whose", ["of its own", "the caller's"])
+async def test_A7_B3_a_cancel_at_every_scheduling_point(tmp_path: Path, whose: str) -> None:
+    """The request has a scope of its own, or that of its caller, as in a unary RPC."""
     directories = (tmp_path / str(number) for number in range(10_000))
     stages = set()
 
@@ -416,7 +427,8 @@ async def test_A7_B3_a_cancel_at_every_scheduling_point(tmp_path: Path) -> None:
         backend = ScriptedBackend(lambda stacked: stacked + 1)
         async with open_test_server(next(directories), FAMILY, backend) as server:
             family = server.model("family")
-            request = family.request({"INPUT0": np.zeros((1, 2), np.float32)}, request_id="victim")
+            scope = None if whose == "of its own" else victim.scope
+            request = InferenceRequest({"INPUT0": np.zeros((1, 2), np.float32)}, request_id="victim", scope=scope)
             async with trio.open_nursery() as drivers:
                 drivers.start_soon(drive, backend)
                 with victim:
