@@ -135,10 +135,9 @@ class World:
         # A request is in one place, and alive wherever it waits.
         waiting: list[InferenceRequest] = []
         for sequence in sequences:
-            again = [] if sequence._again is None else [sequence._again]
             if sequence.ended is not None:
                 assert not sequence.waiting
-            waiting += [*again, *sequence.waiting]
+            waiting += sequence.waiting
             for request in sequence.waiting:
                 assert request.outcome is None
                 assert request in sequence.scope

@@ -81,7 +81,6 @@ class InferenceSequence:
         self._idle_limit = idle_limit
         self._idle_since = INF
         self._backlog_deadline = INF
-        self._again: InferenceRequest | None = None
         self._timer: trio.CancelScope | None = None
         self._let_go: trio.Event | None = None
 
@@ -108,8 +107,6 @@ class InferenceSequence:
     def leave(self, request: InferenceRequest) -> None:
         """A request that waits here was settled."""
         self.waiting.pop(request, None)
-        if self._again is request:
-            self._again = None
 
     def next_request(self) -> InferenceRequest:
         """What is to be executed next."""
@@ -123,19 +120,16 @@ class InferenceSequence:
         return request, first
 
     def reschedule(self, request: InferenceRequest) -> None:
-        """The request on the device is to be executed once more, before all others, when the device has let go of it."""
-        self._again = request
+        """The request on the device is to be executed once more, when the device has let go of it: before all others."""
+        self.waiting[request] = None
+        self.waiting.move_to_end(request, last=False)
 
     def let_go(self) -> None:
         """The device holds nothing of the sequence any more."""
         request, self.executing = self.executing, None
-        again, self._again = self._again, None
         if self._let_go is not None:
             self._let_go.set()
-        if again is not None:
-            self.waiting[again] = None
-            self.waiting.move_to_end(again, last=False)
-        elif request is not None and (request.sequence_end or self.nameless):
+        if request is not None and request not in self.waiting and (request.sequence_end or self.nameless):
             self.end(SequenceEndCause.END)
         elif not self.waiting:
             self._idle_since = trio.current_time()

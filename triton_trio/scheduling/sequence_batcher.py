@@ -368,9 +368,6 @@ class SequenceBatcher(Scheduler):
                 slots.take(sequence)
             else:
                 del slots.ready[sequence]
-        if self._backlog and self._idle:
-            # More is waiting than this batch takes, and another instance has nothing to do.
-            self._wake_for_backlog()
         return self.fill_rows(chosen), INF
 
     def execute_next(self, sequence: InferenceSequence) -> InferenceRequest:
