@@ -34,5 +34,7 @@ from .request import InferenceRequest as InferenceRequest
 from .request import InferenceResponse as InferenceResponse
 from .scopes import BatchScope as BatchScope
 from .scopes import Reason as Reason
+from .scopes import SequenceEnd as SequenceEnd
+from .scopes import SequenceScope as SequenceScope
 from .server import InferenceServer as InferenceServer
 from .server import open_server as open_server

@@ -30,7 +30,7 @@ class Reason(StrEnum):
     CLIENT_RESET = "client_reset"  #: RST_STREAM: the client cancelled the call
     CONNECTION_LOST = "connection_lost"  #: FIN, TCP reset, GOAWAY of a dying peer, keepalive timeout
     DEADLINE = "deadline"  #: ``grpc-timeout``, or a deadline on the caller's scope, has passed
-    SEQUENCE_CANCELLED = "sequence_cancelled"  #: its sequence was: another request of it, or by a START on its ID
+    SEQUENCE_CANCELLED = "sequence_cancelled"  #: its sequence was: with another request of it, or by a START on its ID
     ADMIN = "admin"  #: somebody asked the server to cancel it
     SLOW_CONSUMER = "slow_consumer"  #: the client did not read its responses for the stall limit
     MODEL_UNLOADING = "model_unloading"
