@@ -39,10 +39,9 @@ UNSUPPORTED = {
         "metrics-config"
     ),
     "tracing is not supported yet": "trace-config trace-file trace-level trace-rate trace-count trace-log-frequency",
-    "the response cache is not supported yet": "cache-config cache-directory response-cache-byte-size",
     "shared memory is not supported yet": "allow-client-shm",
     "there is nothing like it in this server": (
-        "backend-directory backend-config repoagent-directory pinned-memory-pool-byte-size "
+        "cache-directory backend-directory backend-config repoagent-directory pinned-memory-pool-byte-size "
         "cuda-memory-pool-byte-size cuda-virtual-address-size buffer-manager-thread-count "
         "model-load-thread-count model-load-retry-count model-load-gpu-limit model-namespacing "
         "enable-peer-access host-policy min-supported-compute-capability repository-poll-secs "
@@ -70,6 +69,22 @@ def _resource(text: str) -> Resource:
     if not all(number.isdecimal() for number in numbers):
         raise argparse.ArgumentTypeError(f"{form}: COUNT and DEVICE are whole numbers, not negative")
     return Resource(name, *map(int, numbers))
+
+
+def _cache_size(text: str) -> int:
+    name, _, setting = text.partition(",")
+    key, _, value = setting.partition("=")
+    if name != "local" or key != "size":
+        raise argparse.ArgumentTypeError(
+            f"expected local,size=BYTES, got '{text}': 'local' is the one cache there is, 'size' its one setting"
+        )
+    return _bytes(value)
+
+
+def _bytes(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"expected a number of bytes, got '{text}'")
+    return int(text)
 
 
 class _Unsupported(argparse.Action):
@@ -125,6 +140,14 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="NAME:COUNT[:DEVICE]",
         help="how much there is of a resource (on each device, or on one); default: the greatest need of an instance",
     )
+    models(
+        "--cache-config",
+        type=_cache_size,
+        default=0,
+        metavar="local,size=BYTES",
+        help="the response cache, for models with response_cache { enable: true } (default none)",
+    )
+    models("--response-cache-byte-size", type=_bytes, dest="cache_config", metavar="BYTES", help="deprecated")
 
     grpc = parser.add_argument_group("gRPC").add_argument
     grpc("--allow-grpc", type=_flag, nargs="?", const=True, default=True, metavar="BOOL")
@@ -212,6 +235,7 @@ async def _serve(args: argparse.Namespace) -> None:
         unload_grace=args.exit_timeout_secs,
         rate_limit=args.rate_limit,
         resources=args.rate_limit_resource,
+        cache_size=args.cache_config,
     ) as server:
         if args.allow_grpc:
             addresses = await serve_grpc(

@@ -22,6 +22,7 @@ from .lifecycle import Event, Outcome
 from .observe.cancel_log import log_cancelled
 from .observe.statistics import ModelCounters
 from .request import InferenceRequest, InferenceResponse, ParameterValue, Place
+from .response_cache import ResponseCache, SharedExecutions
 from .scopes import Reason
 from .validation import RequestValidator
 
@@ -79,7 +80,12 @@ class Model(ABC):
     """
 
     def __init__(
-        self, config: ModelConfig, context: ModelContext, *, files: AbstractContextManager[object] | None = None
+        self,
+        config: ModelConfig,
+        context: ModelContext,
+        *,
+        files: AbstractContextManager[object] | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
         self.context = context
         self.config = config
@@ -89,6 +95,8 @@ class Model(ABC):
         #: Ensembles that have this model as a step.
         self.users: dict[Model, None] = {}
         self._files = files or nullcontext()
+        #: Where equal requests share an execution and its answer; None if the model, or the server, caches nothing.
+        self.shared = SharedExecutions(self, cache) if cache is not None and config.response_cache else None
         self._validator = RequestValidator(config)
         self._scope = trio.CancelScope()
         self._live: dict[InferenceRequest, None] = {}
@@ -189,6 +197,8 @@ class Model(ABC):
             raise Unsupported(f"model '{self.name}' is decoupled: infer() returns one response; use open_responses()")
         with self._admitted(request):
             self._check(request)
+            if self.shared is not None:
+                return await self.shared.infer(request)
             return await self._serve(request)
 
     def open_responses(self, request: InferenceRequest | Mapping[str, Array]) -> AbstractAsyncContextManager[Responses]:
@@ -235,7 +245,12 @@ class Model(ABC):
         """Why it takes no requests, for clients."""
         return "Server is stopping, scheduler for model has stopped accepting new inference requests"
 
+    def _left(self, request: InferenceRequest, place: Place | None) -> None:
+        """A request that was served here is settled: a client's, or that of an execution which some share."""
+        return
+
     def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
+        self._left(request, place)
         del self._live[request]
         self.counters.count_settled(request)
         if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) and not isinstance(place, Batch):
@@ -254,7 +269,7 @@ class Model(ABC):
         self._task = trio.lowlevel.current_task()
         try:
             with self._scope, self._files:
-                async with self._open():
+                async with self._open(), nullcontext() if self.shared is None else self.shared.open():
                     self.state = ModelState.READY
                     task_status.started(self)
                     try:

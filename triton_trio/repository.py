@@ -24,6 +24,7 @@ from .ensemble import EnsembleModel, check_no_cycle, complete_ensemble, find_dep
 from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
 from .model import Model, ModelState
 from .repository_entry import Entry, IndexEntry, Load, complete_config, read_model, state_of
+from .response_cache import ResponseCache
 from .scheduled_model import ScheduledModel
 from .scheduling import RateLimiter
 from .scopes import Reason
@@ -45,6 +46,7 @@ class ModelRepository:
       release_limit: see :class:`~triton_trio.instance.ModelInstance`.
       unload_grace: seconds that requests in flight have when their model is unloaded.
       limiter: None if the server does not limit rates.
+      cache: None if the server keeps no responses.
     """
 
     def __init__(
@@ -59,10 +61,12 @@ class ModelRepository:
         release_limit: float = 10.0,
         unload_grace: float = 30.0,
         limiter: RateLimiter | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
         self.paths = tuple(paths)
         self.explicit = explicit
         self.limiter = limiter
+        self.cache = cache
         self._makers = backends
         self._backends: dict[str, Backend] = {}
         self._nursery = models
@@ -257,6 +261,8 @@ class ModelRepository:
         refuse_unsupported(config)
         for ignored in ignored_fields(config):
             LOGGER.warning("model '%s': %s has no effect: %s", name, *ignored.split(": ", 1))
+        if config.response_cache and self.cache is None:
+            LOGGER.warning("model '%s': response_cache has no effect: the server has none (see --cache-config)", name)
         backend: Backend | None = None
         if config.ensemble_scheduling is not None:
             config = complete_ensemble(config.check_complete(), self.model)
@@ -284,7 +290,7 @@ class ModelRepository:
             for version in versions:
                 context = ModelContext(config.backend_view(), version, directory, directory / str(version))
                 model = (
-                    EnsembleModel(config, context, self.model, files=sent)
+                    EnsembleModel(config, context, self.model, files=sent, cache=self.cache)
                     if backend is None
                     else ScheduledModel(
                         config,
@@ -295,6 +301,7 @@ class ModelRepository:
                         release_limit=self._release_limit,
                         watchdogs=self._watchdogs,
                         limiter=self.limiter,
+                        cache=self.cache,
                     )
                 )
                 # Until it is started, the model's task belongs to this load and is cancelled with it.

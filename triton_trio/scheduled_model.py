@@ -15,6 +15,7 @@ from .errors import InvalidArgument, Unavailable
 from .instance import InstanceState, ModelInstance
 from .lifecycle import Event
 from .model import Model, ModelState, ModelStatistics, Responses
+from .response_cache import ResponseCache
 from .scheduling import Permit, RateLimiter, Seat, make_scheduler
 
 if TYPE_CHECKING:
@@ -45,8 +46,9 @@ class ScheduledModel(Model):
         files: AbstractContextManager[object] | None = None,
         initial_states: Mapping[str, Array] | None = None,
         limiter: RateLimiter | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
-        super().__init__(config, context, files=files)
+        super().__init__(config, context, files=files, cache=cache)
         self.scheduler = make_scheduler(config, initial_states)
         self.instances: list[ModelInstance] = []
         self._backend = backend
@@ -105,9 +107,8 @@ class ScheduledModel(Model):
             return f"model '{self.name}' has no instance left: all are quarantined; reload it"
         return super().why_unavailable()
 
-    def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
+    def _left(self, request: InferenceRequest, place: Place | None) -> None:
         self.scheduler.settled(request)
-        super()._on_settled(request, place)
 
     # Life
 

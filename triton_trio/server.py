@@ -29,6 +29,7 @@ from .groups import WithoutGroups
 from .model import Model, ModelStatistics
 from .observe import name_nursery
 from .repository import ModelRepository
+from .response_cache import CacheStatistics, ResponseCache
 from .scheduling import RateLimiter, RateLimiterStatistics, Resource
 from .scopes import Reason
 
@@ -37,6 +38,7 @@ LOGGER = logging.getLogger("triton_trio.server")
 #: Triton's extensions that this server has.
 EXTENSIONS = (
     "classification",
+    "sequence",
     "model_repository",
     "model_repository(unload_dependents)",
     "schedule_policy",
@@ -61,6 +63,7 @@ class ServerStatistics:
     draining: bool
     in_flight: int  #: requests of all models
     models: tuple[ModelStatistics, ...]
+    response_cache: CacheStatistics | None  #: None: no responses are kept
     rate_limiter: RateLimiterStatistics | None  #: None: rates are not limited
 
 
@@ -109,6 +112,7 @@ class InferenceServer:
             draining=self.draining,
             in_flight=sum(model.in_flight for model in models),
             models=models,
+            response_cache=None if self.repository.cache is None else self.repository.cache.statistics(),
             rate_limiter=None if self.repository.limiter is None else self.repository.limiter.statistics(),
         )
 
@@ -185,6 +189,7 @@ async def open_server(
     unload_grace: float = 30.0,
     rate_limit: Literal["off", "execution_count"] = "off",
     resources: Sequence[Resource] = (),
+    cache_size: int = 0,
 ) -> AsyncIterator[InferenceServer]:
     """Open a server in the caller's Trio program; leaving the block shuts it down.
 
@@ -207,6 +212,7 @@ async def open_server(
       rate_limit: ``execution_count``: an instance executes while it holds what its ``rate_limiter`` lists in config.pbtxt.
       resources: how much there is, instead of the greatest need of any instance; see
         :class:`~triton_trio.scheduling.RateLimiter`.
+      cache_size: bytes of the response cache, for models with ``response_cache { enable: true }``; 0: none.
 
     Raises:
       TritonError: a model failed to load at the start (with ``exit_on_error``); names file and field.
@@ -234,6 +240,7 @@ async def open_server(
                     release_limit=release_limit,
                     unload_grace=unload_grace,
                     limiter=RateLimiter(resources) if rate_limit == "execution_count" else None,
+                    cache=ResponseCache(cache_size) if cache_size > 0 else None,
                 )
                 name_nursery(models, "models", repository.notes)
                 async with trio.open_nursery() as frontends:

@@ -29,7 +29,4 @@ def refuse_unsupported(config: ModelConfig) -> None:
 def ignored_fields(config: ModelConfig) -> list[str]:
     """Fields that are set and have no effect here, each with what happens instead."""
     present = {field.name for field, _ in config.message.ListFields()}
-    found = [f"{name}: {why}" for name, why in _IGNORED.items() if name in present]
-    if config.response_cache:
-        found.append("response_cache: the response cache is not supported yet")
-    return found
+    return [f"{name}: {why}" for name, why in _IGNORED.items() if name in present]

@@ -14,6 +14,7 @@ from ..groups import WithoutGroups
 from ..instance import reshape_outputs
 from ..lifecycle import Event, Outcome
 from ..model import Model, ModelState, Responses
+from ..response_cache import ResponseCache
 from ..scopes import Reason
 from .flow import Flow
 from .graph import Graph
@@ -44,8 +45,9 @@ class EnsembleModel(Model):
         find: Find,
         *,
         files: AbstractContextManager[object] | None = None,
+        cache: ResponseCache | None = None,
     ) -> None:
-        super().__init__(config, context, files=files)
+        super().__init__(config, context, files=files, cache=cache)
         assert config.ensemble_scheduling is not None
         self._find = find
         self._steps = config.ensemble_scheduling.steps
@@ -168,10 +170,9 @@ class EnsembleModel(Model):
             return f"ensemble '{self.name}' is not ready: {self._missing}"
         return super().why_unavailable()
 
-    def _on_settled(self, request: InferenceRequest, place: Place | None) -> None:
+    def _left(self, request: InferenceRequest, place: Place | None) -> None:
         if isinstance(place, Flow) and request.outcome is Outcome.OK:
             self.counters.count_flow(request, place.compute_seconds, time.time())
-        super()._on_settled(request, place)
 
     # Life
 

@@ -62,7 +62,6 @@ def _ready(server: InferenceServer, name: str) -> list[Model]:
 
 def _statistics(model: Model) -> pb.ModelStatistics:
     counters = model.counters
-    nothing = pb.StatisticDuration()  # there is no response cache
     return pb.ModelStatistics(
         name=model.name,
         version=str(model.version),
@@ -76,8 +75,8 @@ def _statistics(model: Model) -> pb.ModelStatistics:
             compute_input=_duration(counters.compute_input),
             compute_infer=_duration(counters.compute_infer),
             compute_output=_duration(counters.compute_output),
-            cache_hit=nothing,
-            cache_miss=nothing,
+            cache_hit=_duration(counters.cache_hit),
+            cache_miss=_duration(counters.cache_miss),
         ),
         batch_stats=[
             pb.InferBatchStatistics(

@@ -64,6 +64,8 @@ class ModelCounters:
     compute_input: Duration = field(default_factory=Duration)
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
+    cache_hit: Duration = field(default_factory=Duration)  #: answered from the cache, or by somebody else's execution
+    cache_miss: Duration = field(default_factory=Duration)  #: executed, and the time it took to keep the answer
     by_batch_size: dict[int, BatchDurations] = field(default_factory=dict)
     device_seconds_after_cancel: float = 0.0  #: from each cancel of an executing request until its device let go
 
@@ -105,6 +107,13 @@ class ModelCounters:
                 self.compute_input.add(durations[0])
                 self.compute_infer.add(durations[1])
                 self.compute_output.add(durations[2])
+
+    def count_cache_hit(self, seconds: float) -> None:
+        self.cache_hit.add(seconds)
+        self.queue.add(0.0)  # as Triton counts it
+
+    def count_cache_miss(self, seconds: float) -> None:
+        self.cache_miss.add(seconds)
 
     def count_flow(self, request: InferenceRequest, compute_seconds: float, wall: float) -> None:
         """An ensemble's request is complete, and its steps took ``compute_seconds`` together; as Triton counts it."""

@@ -58,6 +58,8 @@ def _left_in(model: Model, idle_sequences: bool) -> Iterator[str]:
         yield f"started {counters.started} requests, but the outcomes are {dict(counters.outcomes)}"
     if sum(counters.reasons.values()) != counters.outcomes[Outcome.CANCELLED] + counters.outcomes[Outcome.DEADLINE]:
         yield f"the reasons {dict(counters.reasons)} do not add up to the outcomes {dict(counters.outcomes)}"
+    for execution in model.shared or ():
+        yield f"{execution!r}"
     if isinstance(model, EnsembleModel) and any(model.inflight):
         yield f"requests that count against max_inflight_requests, by step: {model.inflight}"
     if isinstance(model, ScheduledModel):
