@@ -131,6 +131,20 @@ class Stage:
         lane = self.recording.scope("execution", look)
         self._device.on_checkpoint = lambda: lane.checkpoints.append(self.recording.now)
 
+    def shared_execution(self) -> None:
+        """A lane for the scope of an execution that identical requests share."""
+        shared = self.model.shared
+
+        def look() -> ScopeState | None:
+            execution = next(iter(shared), None)
+            if execution is None:
+                return None
+            members = frozenset(request.request_id for request in execution.scope)
+            return ScopeState(0, members, execution.scope.cancel_scope.cancel_called)
+
+        lane = self.recording.scope("shared execution", look)
+        self._device.on_checkpoint = lambda: lane.checkpoints.append(self.recording.now)
+
     def sequence(self, sequence_id: str) -> None:
         """A lane for the scopes of the sequences with this correlation ID, which are not there at the same time."""
         scheduler = self.model.scheduler
@@ -146,11 +160,12 @@ class Stage:
 
 
 @asynccontextmanager
-async def stage(recording: Recording, config: str, **others: str) -> AsyncIterator[Stage]:
+async def stage(recording: Recording, config: str, *, cache_size: int = 0, **others: str) -> AsyncIterator[Stage]:
     device = ChunkBackend()
+    models = {"model": config, **others}
     with tempfile.TemporaryDirectory() as folder:
         async with (
-            open_test_server(Path(folder), {"model": config, **others}, device) as server,
+            open_test_server(Path(folder), models, device, cache_size=cache_size) as server,
             trio.open_nursery() as nursery,
         ):
             yield Stage(recording, server, device, nursery)
@@ -198,6 +213,21 @@ async def all_leave(recording: Recording) -> None:
         for request in requests[:4]:
             await trio.sleep(0.15)
             request.cancel(Reason.CLIENT_RESET)
+
+
+CACHED = scripted_config(more="response_cache { enable: true }")
+
+
+@run("Three ask the same. Who asked first leaves, the execution goes on for the second, and the third finds the answer")
+async def first_leaves(recording: Recording) -> None:
+    async with stage(recording, CACHED, cache_size=1 << 20) as it:
+        it.shared_execution()
+        ada, _ = await it.clients("Ada", "Ben")
+        await trio.sleep(0.3)
+        ada.cancel(Reason.CLIENT_RESET)
+        await trio.sleep(0.8)
+        it.client("Cho")
+        await trio.sleep(0.2)
 
 
 SEQUENCES = scripted_config(max_batch_size=1, more="sequence_batching { direct { } }")
