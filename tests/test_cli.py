@@ -196,3 +196,17 @@ def test_second_sigterm_cancels_what_is_in_flight(server: Process) -> None:
     [error] = answers
     assert isinstance(error, tritonclient.InferenceServerException)
     assert "UNAVAILABLE" in str(error.status())
+
+
+def test_a_response_cache_by_either_flag() -> None:
+    parser = make_parser()
+    assert parser.parse_args(["--cache-config=local,size=1048576"]).cache_config == 1 << 20
+    assert parser.parse_args(["--response-cache-byte-size=1048576"]).cache_config == 1 << 20
+    assert parser.parse_args([]).cache_config == 0
+
+
+@pytest.mark.parametrize("value", ["redis,host=x", "local", "local,size", "local,size=1k", "local,bytes=5"])
+def test_a_cache_that_does_not_exist_is_an_error(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([f"--cache-config={value}"])
+    assert "--cache-config" in capsys.readouterr().err
