@@ -1,0 +1,32 @@
+"""Text generation: a Llama-type model whose programs serve many generations at once and can be left between any two.
+
+::
+
+    tokenizer.py chat.py   text and conversations to token ids, ids to text as they come
+    gguf.py safetensors.py the two file formats
+    weights.py             from files to parameters on the device
+    placement.py           which part of an array is on which device
+    config.py              the numbers of a model, and of its slots
+    llama.py sampling.py   the network; from logits to tokens
+    slots.py               the state of all generations, and the two programs that move it on
+    programs.py            compiled
+
+Nothing here knows of requests, scopes or Trio: all is pure functions and plain data.
+"""
+
+from .config import LlamaConfig as LlamaConfig
+from .config import SlotSpec as SlotSpec
+from .placement import Placement as Placement
+from .programs import LlamaPrograms as LlamaPrograms
+from .programs import ProgramMemory as ProgramMemory
+from .programs import slot_spec as slot_spec
+from .slots import NO_TOKEN as NO_TOKEN
+from .slots import Emitted as Emitted
+from .slots import PromptChunk as PromptChunk
+from .slots import SlotState as SlotState
+from .tokenizer import TextStream as TextStream
+from .tokenizer import Tokenizer as Tokenizer
+from .weights import Checkpoint as Checkpoint
+from .weights import find_weights as find_weights
+from .weights import load_params as load_params
+from .weights import open_checkpoint as open_checkpoint

@@ -1,0 +1,153 @@
+"""llama.cpp's file format: one file with configuration, weights and vocabulary."""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+
+from ....errors import InvalidArgument
+from .config import LlamaConfig
+from .extra import require
+from .tokenizer import Tokenizer, byte_level_tokenizer
+from .weights import Checkpoint, halves_from_pairs
+
+_NAMES = {
+    "embed": "token_embd",
+    "norm": "output_norm",
+    "unembed": "output",
+    "attn_norm": "attn_norm",
+    "mlp_norm": "ffn_norm",
+    "q": "attn_q",
+    "k": "attn_k",
+    "v": "attn_v",
+    "o": "attn_output",
+    "gate": "ffn_gate",
+    "up": "ffn_up",
+    "down": "ffn_down",
+}
+_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+
+
+class GgufCheckpoint(Checkpoint):
+    """A ``.gguf`` file, mapped into memory.  Quantised tensors become float32 as they are read.
+
+    Raises:
+      InvalidArgument: not such a file, cut short, or of an architecture other than ``llama``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._library = require("gguf")
+        try:
+            self._reader: Any = self._library.GGUFReader(path)
+        except (ValueError, IndexError, KeyError, UnicodeDecodeError, OverflowError, MemoryError) as exc:
+            # What NumPy says when the mapped bytes are not what the header promises.
+            raise InvalidArgument(f"{path}: not a readable GGUF file, or cut short: {exc}") from None
+        architecture = self._field("general.architecture")
+        if architecture != "llama":
+            self._refuse(f"its architecture is '{architecture}', only 'llama' is known here")
+        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.tied = "output.weight" not in self._tensors
+        for unknown in sorted(name for name in self._tensors if name.endswith(".bias")):
+            self._refuse(f"tensor '{unknown}': biases are not known here")
+        self.config = self._config()
+        end = self._optional("tokenizer.ggml.eos_token_id")
+        self.end_tokens = () if end is None else (int(end),)
+
+    def read(self, name: str, layer: int | None = None) -> np.ndarray:
+        stored = self.name_of(name, layer)
+        tensor = self._tensors.get(stored)
+        if tensor is None:
+            self._refuse(f"tensor '{stored}' is missing")
+        try:
+            array: np.ndarray = self._library.quants.dequantize(tensor.data, tensor.tensor_type)
+        except NotImplementedError:
+            self._refuse(f"tensor '{stored}': its encoding {tensor.tensor_type.name} cannot be read here")
+        if name in ("q", "k"):
+            heads = self.config.heads if name == "q" else self.config.kv_heads
+            if array.shape[0] == heads * self.config.head_dim:  # else the caller says what is wrong with it
+                array = halves_from_pairs(array, heads)
+        return array
+
+    def name_of(self, name: str, layer: int | None = None) -> str:
+        return f"{'' if layer is None else f'blk.{layer}.'}{_NAMES[name]}.weight"
+
+    def tokenizer(self) -> Tokenizer:
+        return self._tokenizer
+
+    @cached_property
+    def _tokenizer(self) -> Tokenizer:
+        model = self._optional("tokenizer.ggml.model")
+        if model != "gpt2":
+            self._refuse(
+                f"its tokenizer is of the kind '{model}', only byte-level BPE ('gpt2') is read from GGUF; "
+                "load the model from its original directory, with tokenizer.json"
+            )
+        tokens: list[str] = self._field("tokenizer.ggml.tokens")
+        kinds: list[int] = self._optional("tokenizer.ggml.token_type") or [1] * len(tokens)
+        begin = self._optional("tokenizer.ggml.bos_token_id")
+        return byte_level_tokenizer(
+            tokens=tokens,
+            merges=[tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")],
+            control=[token for token, kind in enumerate(kinds) if kind == _CONTROL],
+            user_defined=[token for token, kind in enumerate(kinds) if kind == _USER_DEFINED],
+            splits=str(self._optional("tokenizer.ggml.pre") or "default"),
+            begin=int(begin) if begin is not None and self._optional("tokenizer.ggml.add_bos_token") else None,
+            names={
+                f"{name}_token": tokens[int(self._field(f"tokenizer.ggml.{name}_token_id"))]
+                for name in ("bos", "eos")
+                if self._optional(f"tokenizer.ggml.{name}_token_id") is not None
+            },
+            template=self._optional("tokenizer.chat_template"),
+            where=str(self.path),
+        )
+
+    def _config(self) -> LlamaConfig:
+        def number(key: str) -> int:
+            return int(self._field(f"llama.{key}"))
+
+        for key in ("expert_count", "attention.sliding_window"):
+            if self._optional(f"llama.{key}"):
+                self._refuse(f"it has llama.{key}, which is not known here")
+        scaling = self._optional("llama.rope.scaling.type") or "none"
+        if scaling not in ("none", "linear"):
+            self._refuse(f"its rope scaling '{scaling}' is not known here")
+        heads = number("attention.head_count")
+        width = number("embedding_length")
+        head_dim = int(self._optional("llama.attention.key_length") or width // heads)
+        if (rotated := int(self._optional("llama.rope.dimension_count") or head_dim)) != head_dim:
+            self._refuse(f"it rotates {rotated} of {head_dim} dimensions of a head; only all are known here")
+        divisors: tuple[float, ...] = ()
+        if scaling == "linear":
+            divisors = (float(self._field("llama.rope.scaling.factor")),) * (head_dim // 2)
+        if "rope_freqs.weight" in self._tensors:  # how Llama 3.1's scaling is stored
+            divisors = tuple(float(one) for one in self._tensors["rope_freqs.weight"].data)
+        return LlamaConfig(
+            vocab_size=int(self._optional("llama.vocab_size") or len(self._field("tokenizer.ggml.tokens"))),
+            width=width,
+            layers=number("block_count"),
+            heads=heads,
+            kv_heads=int(self._optional("llama.attention.head_count_kv") or heads),
+            head_dim=head_dim,
+            hidden=number("feed_forward_length"),
+            context=number("context_length"),
+            rope_theta=float(self._optional("llama.rope.freq_base") or 10_000.0),
+            rope_divisors=divisors,
+            norm_epsilon=float(self._field("llama.attention.layer_norm_rms_epsilon")),
+        )
+
+    def _field(self, key: str) -> Any:
+        value = self._optional(key)
+        if value is None:
+            self._refuse(f"its metadata has no '{key}'")
+        return value
+
+    def _optional(self, key: str) -> Any:
+        field = self._reader.get_field(key)
+        return None if field is None else field.contents()
+
+    def _refuse(self, text: str) -> NoReturn:
+        raise InvalidArgument(f"{self.path}: {text}")
