@@ -350,10 +350,26 @@ async def test_where_the_model_says_so_the_cancel_of_an_executing_request_leaves
         assert total(queued) == 111  # with what the cancelled one has added
         executing = await world.call("executing 2", 1)
         queued, mate = await world.call("queued 2", 1), await world.call("mate", 1)
-        queued.leave()  # that one ends it, as in Triton
-        assert {executing.outcome, mate.outcome} == {Outcome.CANCELLED}
+        queued.leave()  # that one ends it, as in Triton, and what executes is answered
+        assert (executing.outcome, mate.outcome) == (None, Outcome.CANCELLED)
+        assert (world.statistics.in_slots, world.ends) == (1, [])
         await world.finish()
+        assert total(executing) == 112
         assert world.ends == [(1, "cancelled")]
+
+
+@STRATEGIES
+async def test_and_what_is_rescheduled_after_its_sequence_has_ended_is_cancelled(
+    serve: Serve, autojump_clock: MockClock, strategy: str
+) -> None:
+    async with playing(serve, sum_config(strategy, more="iterative_sequence: true") + NARROW) as world:
+        executing, queued = await world.call("executing", 1, "start"), await world.call("queued", 1)
+        queued.leave()
+        world.backend.running[0].reschedule()
+        await wait_all_tasks_blocked()
+        assert isinstance(executing.error, RequestCancelled)
+        assert (executing.request.reason, world.ends) == ("sequence_cancelled", [(1, "cancelled")])
+        assert world.backend.running == []
 
 
 def test_the_rule_is_true_or_false() -> None:

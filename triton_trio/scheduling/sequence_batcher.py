@@ -58,8 +58,8 @@ class SequenceOptions:
     idle_limit: float  #: seconds without a request after which a sequence ends
     #: The model may let a request go unfinished, and one without a correlation ID is a sequence of its own.
     iterative: bool = False
-    #: False is Triton's narrower rule: only the cancel of a request that is still queued ends its sequence; one that is
-    #: executing is computed to the end, for the state that it leaves.
+    #: False is Triton's narrower rule: only the cancel of a request that is still queued ends its sequence, and whatever
+    #: is executing then is answered; one that is cancelled itself is computed to the end, for the state that it leaves.
     executing_cancel_ends_sequence: bool = True
 
 
@@ -169,6 +169,8 @@ class SequenceBatcher(Scheduler):
         if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) and not (
             self.keeps_cancelled and request.stage is not Stage.QUEUED
         ):
+            if self.keeps_cancelled and sequence.executing is not None:
+                sequence.scope.discard(sequence.executing)  # it ends by itself, and then gives the slot back
             sequence.member_cancelled(request)
             return
         sequence.scope.discard(request)
@@ -180,6 +182,9 @@ class SequenceBatcher(Scheduler):
         if request.outcome is not None:
             return  # cancelled, and computed to the end: this was the end
         sequence = self._sequence_of[request]
+        if sequence.ended is not None:
+            request.cancel(Reason.SEQUENCE_CANCELLED, "another request of it was cancelled meanwhile")
+            return
         now = trio.current_time()
         took = now - request.bound_at
         if took > self._options.idle_limit:
