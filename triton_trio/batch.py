@@ -38,6 +38,7 @@ class Member:
         "_on_released",
         "kept",
         "left_at",
+        "queue_seconds",
         "released",
         "request",
         "scope",
@@ -55,6 +56,8 @@ class Member:
         self.start = start
         self.stop = start + request.batch_size
         self.served = False
+        #: How long it has waited for this execution.  Kept, for the request may be queued again before the execution ends.
+        self.queue_seconds = 0.0
         self.left_at: float | None = None
         #: Cancelled, and its row goes on all the same: for its sequence's state, where the configuration says so.
         self.kept = False
@@ -176,6 +179,7 @@ class Batch:
                 continue
             request.place = self
             request.bound_at = self.formed_at
+            member.queue_seconds = self.formed_at - request.enqueued_at
             request.advance(Event.BIND)
         self.members = tuple(members)
         self.rows = rows

@@ -103,7 +103,7 @@ class ModelCounters:
         for member in batch.members:
             self.device_seconds_after_cancel += member.seconds_after_cancel
             if member.served and member.ready:
-                self.queue.add(batch.formed_at - member.request.enqueued_at)
+                self.queue.add(member.queue_seconds)
                 self.compute_input.add(durations[0])
                 self.compute_infer.add(durations[1])
                 self.compute_output.add(durations[2])
