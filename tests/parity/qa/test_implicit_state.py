@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.parity.qa.world import LOCALLY, Callback, World, playing, tensor
+from tests.parity.qa.world import LOCALLY, NARROW, Callback, World, playing, tensor
 from tests.parity.world import eventually, in_thread
 from triton_trio import Outcome
 from triton_trio.batch import Batch, Member
@@ -38,7 +38,6 @@ sequence_batching {
 }
 instance_group { kind: KIND_CPU count: 1 }
 """
-NARROW = 'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } }'
 INPUTS = [tensor("DELAY_ITRS__0", np.zeros((1, 1), np.int64), "INT64")]
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.parity.qa.world import LOCALLY, Callback, World, playing, tensor
+from tests.parity.qa.world import LOCALLY, NARROW, Callback, World, playing, tensor
 from tests.parity.world import eventually, in_thread
 from triton_trio import Outcome
 
@@ -37,10 +38,13 @@ ensemble_scheduling { step [
 ] }"""
 )
 NO_BATCHER = SCRIPTED + "max_batch_size: 1"
-#: Triton's rule: what executes when a request of its sequence is cancelled, or is cancelled itself, is left to its end.
-NARROW = 'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } }'
 
-ONES = [tensor("INPUT0", np.ones((1, 8), np.float32), "FP32")]
+
+def inputs(value: float = 1.0) -> list[Any]:
+    return [tensor("INPUT0", np.full((1, 8), value, np.float32), "FP32")]
+
+
+ONES = inputs()
 
 
 async def test_dynamic_batch_scheduler_request_cancellation(tmp_path: Path) -> None:
@@ -195,3 +199,28 @@ async def test_no_batcher_queued_request_cancellation(tmp_path: Path) -> None:
         await second.result()
         assert await world.execution_count("no_batching") == 2
         assert world.failures("no_batching") == 1
+
+
+async def test_no_batcher_cancelled_request_is_not_executed_or_cached(tmp_path: Path) -> None:
+    models = {"no_batching_cache": NO_BATCHER + " response_cache { enable: true }"}
+    async with playing(tmp_path, models, cache_size=1 << 20) as world:
+        first, holder = await world.executing("no_batching_cache", inputs(10))
+        second = await world.queued("no_batching_cache", inputs(11))
+        queued = await world.queued("no_batching_cache", inputs(2))
+        queued.cancel()
+        assert await queued.cancelled() == LOCALLY
+        await world.wait_failures("no_batching_cache", 1)
+        assert (world.backend.running, world.pending("no_batching_cache")) == ([holder], 1)
+        holder.finish()
+        (await world.backend.wait_execution(1)).finish()
+        for call in (first, second):
+            await call.result()
+        assert await world.execution_count("no_batching_cache") == 2
+        # Nothing is known of the cancelled one: the same inputs are executed, and then they are.
+        again, execution = await world.executing("no_batching_cache", inputs(2))
+        execution.finish()
+        for call in (again, world.call("no_batching_cache", inputs(2))):
+            np.testing.assert_array_equal((await call.result()).as_numpy("OUTPUT0"), np.full((1, 8), 2.0))
+        statistics = await world.statistics("no_batching_cache")
+        assert (statistics.execution_count, statistics.inference_stats.cache_hit.count) == (3, 1)
+        assert world.failures("no_batching_cache") == 1

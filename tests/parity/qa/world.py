@@ -22,6 +22,8 @@ from triton_trio.scheduling import SequenceStatistics
 from triton_trio.testing import Execution, ScriptedBackend, open_test_server
 
 LOCALLY = "Locally cancelled by application!"
+#: Triton's rule: what executes when a request of its sequence is cancelled, or is cancelled itself, is left to its end.
+NARROW = 'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } }'
 
 
 def tensor(name: str, array: np.ndarray, datatype: str) -> triton.InferInput:
