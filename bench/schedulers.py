@@ -16,8 +16,9 @@ import random
 import tempfile
 import time
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +103,7 @@ def ensemble(steps: int) -> str:
     flow = ", ".join(
         f'{{ model_name: "step" model_version: -1 input_map {{ key: "INPUT0" value: "{before}" }} '
         f'output_map {{ key: "OUTPUT0" value: "{after}" }} }}'
-        for before, after in zip(tensors, tensors[1:], strict=False)
+        for before, after in pairwise(tensors)
     )
     return f'platform: "ensemble" ensemble_scheduling {{ step [ {flow} ] }}\n' + TENSORS.format(max_batch_size=64)
 
@@ -199,10 +200,8 @@ async def cancelled(subject: Subject, waiting: int, cancels: int) -> float:
         async def caller(number: int) -> None:
             one = request(number, 0)
             live.append(one)
-            try:
+            with suppress(TritonError):
                 await model.infer(one)
-            except TritonError:
-                pass
 
         async with trio.open_nursery() as nursery:
             for number in range(waiting):
