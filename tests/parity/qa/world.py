@@ -97,6 +97,7 @@ class World:
     def __init__(self, server: InferenceServer, backend: ScriptedBackend, address: str) -> None:
         self.server = server
         self.backend = backend
+        self.address = address
         self.client = triton.InferenceServerClient(address)
         self.calls: list[Call] = []
 
