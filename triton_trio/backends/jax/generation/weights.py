@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -179,15 +179,6 @@ def quantise(weight: np.ndarray, *, axis: int) -> Int8:
 def halves_from_pairs(weight: np.ndarray, heads: int) -> np.ndarray:
     """``[heads * head_dim, in]`` whose rotary pairs are neighbours → pairs are the two halves of a head."""
     return weight.reshape(heads, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
-
-
-def tensor_names(config: LlamaConfig, *, tied: bool) -> Iterator[tuple[str, int | None]]:
-    """Every tensor a checkpoint must have."""
-    yield from (("embed", None), ("norm", None))
-    if not tied:
-        yield "unembed", None
-    for layer in range(config.layers):
-        yield from ((name, layer) for name in (*NORMS, *WEIGHTS))
 
 
 def _checked(checkpoint: Checkpoint, name: str, layer: int | None, shape: tuple[int, ...]) -> np.ndarray:
