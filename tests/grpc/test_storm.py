@@ -1,18 +1,17 @@
-"""E2: two thousand requests are reset at once, wherever they are.  What it costs for each, and what is left: nothing."""
+"""E2: two thousand calls are cancelled at once, wherever they are.  What is left of them, and what each of them costs."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import numpy as np
-import pytest
 import trio
-from hyperframe.frame import Frame, RstStreamFrame
+from hyperframe.frame import RstStreamFrame, WindowUpdateFrame
 from trio.testing import wait_all_tasks_blocked
 
 from tests.grpc.wire import CANCEL, RawClient, World, message
@@ -20,15 +19,13 @@ from triton_trio import InferenceServer, Outcome
 from triton_trio._pb import inference as pb
 from triton_trio.grpc import GrpcOptions, GrpcServer, UpbCodec
 from triton_trio.grpc.service import GrpcInferenceService
-from triton_trio.model import Model
 from triton_trio.testing import ScriptedBackend, open_test_server, scripted_config
 
 INFER = "/inference.GRPCInferenceService/ModelInfer"
-STREAM = "/inference.GRPCInferenceService/ModelStreamInfer"
 CONNECTIONS = 20
 ROWS, INSTANCES, DIMS = 8, 4, 256
-WINDOW = 256 << 10  #: what a hundred requests of a connection need, and not twice that
-#: Full batches or none, so that it is known which requests share one.
+WINDOW = 128 << 10  #: of each connection: a hundred calls, and hardly more
+#: Full batches or none, so that it is known which calls share one.
 BATCHING = f"preferred_batch_size: [ {ROWS} ] max_queue_delay_microseconds: 3600000000"
 
 
@@ -41,19 +38,21 @@ def request(seed: int) -> bytes:
     )
 
 
-#: The storm's requests look the same; it is the others whose bits count.
-DOOMED = request(1_000_000)
+NEIGHBOURS = [request(seed) for seed in range(CONNECTIONS)]
+DOOMED = [request(CONNECTIONS)] * CONNECTIONS
 
 
 class Weather(World):
-    """A server whose model waits for the test, and twenty connections."""
+    """Twenty connections to a server whose model waits for the test."""
 
-    def __init__(self, grpc: GrpcServer, nursery: trio.Nursery, server: InferenceServer, backend: ScriptedBackend) -> None:
+    def __init__(
+        self, grpc: GrpcServer, nursery: trio.Nursery, server: InferenceServer, backend: ScriptedBackend
+    ) -> None:
         super().__init__(grpc, None, nursery)  # type: ignore[arg-type]
         self.backend = backend
         self.clients: list[RawClient] = []
-        self.model: Model = server.model("m")
-        self.calm = 0  #: tasks, when nothing was asked for
+        self.model = server.model("m")
+        self.calm = 0  #: tasks, when nothing is asked for
 
     @property
     def queued(self) -> int:
@@ -61,22 +60,15 @@ class Weather(World):
         assert scheduler is not None
         return scheduler.queue.queued
 
-    async def each(self, path: str, payloads: list[bytes]) -> list[int]:
-        """One request on each connection; their stream ids, when they are where they have to wait."""
+    async def calls(self, payloads: list[bytes]) -> list[int]:
+        """One on each connection; their stream ids, when they are where they have to wait."""
         ids = []
         for client, payload in zip(self.clients, payloads, strict=True):
-            frames = client.call(path, payload)
+            frames = client.call(INFER, payload)
             ids.append(frames[0].stream_id)
             await client.send(*frames)
         await wait_all_tasks_blocked()
         return ids
-
-    async def at_once(self, frames: list[list[Frame]]) -> None:
-        """To each connection its frames, in one segment."""
-        async with trio.open_nursery() as nursery:
-            for client, each in zip(self.clients, frames, strict=True):
-                nursery.start_soon(client.send, *each)
-        await wait_all_tasks_blocked()
 
     def outputs(self, ids: list[int]) -> list[bytes]:
         """The tensors that were answered on these streams, one on each connection."""
@@ -85,20 +77,20 @@ class Weather(World):
         replies = [UpbCodec().decode(answer.messages[0], pb.ModelInferResponse) for answer in answers]
         return [reply.raw_output_contents[0] for reply in replies]
 
-    async def serves(self) -> None:
-        """Two more requests on each connection, which are answered."""
+    async def calm_outputs(self) -> list[bytes]:
+        """What the neighbours' calls get when there is no storm."""
         self.backend.automatic = True
-        ids = [await self.each(INFER, [request(each) for each in range(CONNECTIONS)]) for _ in range(2)]
-        assert self.outputs(ids[0]) == self.outputs(ids[1])
+        ids = await self.calls(NEIGHBOURS)
+        await self.calls(DOOMED)  # or the last batch would not be full
+        return self.outputs(ids)
 
-    def check_nothing_is_left(self, streams: int = 0) -> None:
-        """But ``streams`` of the twenty connections: no task, handler, queue entry or row, and every byte of the windows."""
-        end = self.server.statistics()
-        assert (end.open_streams, end.running, end.queued, end.incomplete) == (streams, streams, 0, 0)
-        assert trio.lowlevel.current_statistics().tasks_living == self.calm + streams
-        assert self.queued == 0
-        assert self.model.counters.in_flight == streams
-        assert sum(instance.live_members for instance in self.model.statistics().instances) == streams
+    def check_left(self, calls: int) -> None:
+        """Of all there was, so many calls execute: no task, handler, row, queue entry or byte of a window belongs to more."""
+        now = self.server.statistics()
+        assert (now.open_streams, now.running, now.queued, now.incomplete) == (calls, calls, 0, 0)
+        assert trio.lowlevel.current_statistics().tasks_living == self.calm + calls
+        assert (self.queued, self.model.counters.in_flight) == (0, calls)
+        assert sum(instance.live_members for instance in self.model.statistics().instances) == calls
         for connection in self.server.connection_statistics():
             assert connection.http2.unacknowledged_bytes == 0
             assert connection.http2.local_window >= WINDOW // 2, "all of it is free; updates go out in halves"
@@ -117,105 +109,117 @@ async def weather(root: Path, **options: Any) -> AsyncIterator[Weather]:
                 world.clients.append(await world.connect())
             world.calm = trio.lowlevel.current_statistics().tasks_living
             yield world
-            assert [client.goaways for client in world.clients] == [[]] * CONNECTIONS, "a cancel is no attack"
             nursery.cancel_scope.cancel()
         assert grpc.statistics().started == grpc.statistics().finished
 
 
-class Work:
-    """What was done: steps of tasks, and lines of Python."""
+class Work(trio.abc.Instrument):
+    """What is done, in steps of tasks and in lines of Python: a clock would measure the machine, too."""
 
     def __init__(self) -> None:
         self.steps = 0
         self.lines = 0
 
-
-class Steps(trio.abc.Instrument):
-    def __init__(self, work: Work) -> None:
-        self._work = work
-
     def before_task_step(self, task: trio.lowlevel.Task) -> None:
-        self._work.steps += 1
+        self.steps += 1
+
+    def trace(self, frame: FrameType, event: str, arg: object) -> Callable[..., Any]:
+        self.lines += event == "line"
+        return self.trace
 
 
 @contextmanager
 def counting() -> Iterator[Work]:
-    """Count what the loop does in this block: a clock would measure the machine, too."""
     work, before = Work(), sys.gettrace()
-    instrument = Steps(work)
-
-    def line(frame: FrameType, event: str, arg: object) -> Any:
-        work.lines += event == "line"
-        return line
-
-    def trace_from_now_on() -> None:
-        frame: FrameType | None = sys._getframe(2)
-        while frame is not None:  # those that have begun already, the loop's among them
-            frame.f_trace = line
-            frame = frame.f_back
-
-    trio.lowlevel.add_instrument(instrument)
-    trace_from_now_on()
-    sys.settrace(line)
+    trio.lowlevel.add_instrument(work)
+    sys.settrace(work.trace)
     try:
         yield work
     finally:
         sys.settrace(before)
-        trio.lowlevel.remove_instrument(instrument)
+        trio.lowlevel.remove_instrument(work)
 
 
-async def storm_of_calls(world: Weather, each: int) -> Work:
-    """``each`` calls on every connection, and all but one are reset: on a device, in the queue, before a handler's slot,
-    in the middle of their upload.  The one of each connection that stays is answered as if nothing had happened."""
-    neighbours = await world.each(INFER, [request(number) for number in range(CONNECTIONS)])
-    doomed: list[list[int]] = [[] for _ in world.clients]
-    for _ in range(each):
-        for ids, stream_id in zip(doomed, await world.each(INFER, [DOOMED] * CONNECTIONS), strict=True):
-            ids.append(stream_id)
-    halves = [[client.headers(INFER) for _ in range(2)] for client in world.clients]
-    for client, heads in zip(world.clients, halves, strict=True):
-        for head in heads:
-            await client.send(head, client.data(head.stream_id, message(DOOMED)[:600]))
+async def storm(world: Weather, each: int) -> Work:
+    """``each`` calls of every connection are reset at once, and what that takes is counted; one more call is not."""
+    neighbours = await world.calls(NEIGHBOURS)
+    doomed = [await world.calls(DOOMED) for _ in range(each - 1)]
+    doomed.append([])
+    for client, payload in zip(world.clients, DOOMED, strict=True):
+        upload = client.headers(INFER)
+        doomed[-1].append(upload.stream_id)
+        await client.send(upload, client.data(upload.stream_id, message(payload)[:600]))
     await wait_all_tasks_blocked()
 
+    # They are on the devices, in the queue, before a handler's slot, and in the middle of an upload.
+    grpc = world.server.statistics()
+    assert grpc.running == CONNECTIONS * min(each, world.server.options.max_concurrent_streams)
+    assert (grpc.running + grpc.queued, grpc.incomplete) == (CONNECTIONS * each, CONNECTIONS)
     assert [execution.rows for execution in world.backend.running] == [ROWS] * INSTANCES
-    before = world.server.statistics()
-    slots = world.server.options.max_concurrent_streams
-    assert before.running == CONNECTIONS * min(each + 1, slots)
-    assert before.queued == CONNECTIONS * (each + 1) - before.running
-    assert before.incomplete == 2 * CONNECTIONS
-    assert world.queued == before.running - ROWS * INSTANCES
+    assert world.queued == grpc.running - ROWS * INSTANCES
 
-    gone = [[*ids, *[head.stream_id for head in heads]] for ids, heads in zip(doomed, halves, strict=True)]
-    resets: list[list[Frame]] = [[RstStreamFrame(each, error_code=CANCEL) for each in ids] for ids in gone]
     with counting() as work:
-        await world.at_once(resets)
+        async with trio.open_nursery() as nursery:
+            for client, *ids in zip(world.clients, *doomed, strict=True):
+                nursery.start_soon(client.send, *[RstStreamFrame(each, error_code=CANCEL) for each in ids])
+        await wait_all_tasks_blocked()
 
-    # The devices have not moved: three have rows that are still wanted, the fourth has let go.
-    world.check_nothing_is_left(streams=CONNECTIONS)
+    # No device was told to do anything.  One had nobody else's rows, and has let go; three are still wanted.
+    world.check_left(CONNECTIONS)
     assert len(world.backend.running) == INSTANCES - 1
-    on_devices = ROWS * INSTANCES - CONNECTIONS
-    assert world.model.counters.outcomes == {Outcome.CANCELLED: before.running - CONNECTIONS}
-    assert world.model.counters.reasons == {("client_reset", "executing"): on_devices, ("client_reset", "queued"): world.model.counters.outcomes[Outcome.CANCELLED] - on_devices}
+    executed = ROWS * INSTANCES - CONNECTIONS
+    assert world.model.counters.outcomes == {Outcome.CANCELLED: grpc.running - CONNECTIONS}
+    assert world.model.counters.reasons == {
+        ("client_reset", "executing"): executed,
+        ("client_reset", "queued"): grpc.running - CONNECTIONS - executed,
+    }
     for execution in world.backend.running:
         execution.finish()
     await wait_all_tasks_blocked()
-    assert world.outputs(neighbours) == await calm_outputs(world)
-    world.check_nothing_is_left()
+    assert world.outputs(neighbours) == await world.calm_outputs()
+    assert [client.goaways for client in world.clients] == [[]] * CONNECTIONS, "a cancel is no attack"
+    world.check_left(0)
     return work
 
 
-async def calm_outputs(world: Weather) -> list[bytes]:
-    """What the neighbours' requests get when they are alone."""
-    world.backend.automatic = True
-    ids = await world.each(INFER, [request(number) for number in range(CONNECTIONS)])
-    rest = await world.each(INFER, [DOOMED] * CONNECTIONS)  # batches are full or wait
-    assert len(rest) == CONNECTIONS
-    return world.outputs(ids)
-
-
-async def test_E2_two_thousand_calls_are_reset_at_once(tmp_path: Path) -> None:
+async def test_E2_law_7_two_thousand_resets_leave_nothing_and_disturb_nobody(tmp_path: Path) -> None:
     async with weather(tmp_path, max_concurrent_streams=80) as world:
-        await storm_of_calls(world, 98)
-        await world.serves()
-        world.check_nothing_is_left()
+        await storm(world, 100)
+
+
+async def test_E2_a_cancel_costs_the_same_however_many_there_are(tmp_path: Path) -> None:
+    async with weather(tmp_path / "few") as world:
+        few = await storm(world, 10)
+    async with weather(tmp_path / "many") as world:
+        many = await storm(world, 100)
+    more = CONNECTIONS * (100 - 10)
+    assert many.steps - few.steps == more, "the task of each call runs once, to its end"
+    assert (many.lines - few.lines) / more <= 1.02 * few.lines / (CONNECTIONS * 10)
+
+
+async def test_E2_nineteen_of_twenty_connections_are_lost_at_once(tmp_path: Path) -> None:
+    """With a hundred calls on each: those of the twentieth move up, and are answered with the bits of a calm day."""
+    async with weather(tmp_path) as world:
+        survivor, *lost = world.clients
+        await survivor.send(WindowUpdateFrame(0, window_increment=1 << 20))
+        rounds = [await world.calls(NEIGHBOURS) for _ in range(100)]
+        assert world.queued == CONNECTIONS * 100 - ROWS * INSTANCES
+        before = world.backend.running
+        async with trio.open_nursery() as nursery:
+            for client in lost:
+                nursery.start_soon(trio.aclose_forcefully, client.stream)
+        await wait_all_tasks_blocked()
+        now = world.server.statistics()
+        assert (now.connections, now.open_streams, now.running, now.queued) == (1, 100, 100, 0)
+        assert {reason for reason, _ in world.model.counters.reasons} == {"connection_lost"}
+        assert world.model.counters.in_flight == 100
+        # Two of the four devices execute a row of its, as before; the two others have full batches of its queue.
+        assert [execution in before for execution in world.backend.running] == [True, True, False, False]
+        assert world.queued == 100 - 2 - 2 * ROWS
+        world.backend.automatic = True
+        for execution in world.backend.running:
+            execution.finish()
+        # Two are left for the last batch.
+        fresh = [await survivor.start(INFER, NEIGHBOURS[0]) for _ in range(ROWS - 2)]
+        answers = [survivor.answers[stream_id] for stream_id in [*(ids[0] for ids in rounds), *fresh]]
+        assert {(answer.status, *answer.messages) for answer in answers} == {(0, answers[0].messages[0])}
