@@ -159,7 +159,7 @@ async def test_A5_a_request_that_is_cancelled_before_anybody_took_it() -> None:
 async def test_a_deadline_is_an_outcome_of_its_own(autojump_clock: MockClock) -> None:
     request = executing(new_request())
     request.scope.deadline = trio.current_time() + 2
-    with pytest.raises(DeadlineExceeded, match="deadline exceeded while executing"):
+    with pytest.raises(DeadlineExceeded, match="Deadline Exceeded while executing"):
         await one_response(request)
     assert (request.outcome, request.reason) == (Outcome.DEADLINE, Reason.DEADLINE)
     assert request.ended_at - request.received_at == 2

@@ -390,7 +390,7 @@ class InferenceRequest:
         """The error for a caller who is still there after the request was cancelled; its message is never empty."""
         reason = self.reason or Reason.CALLER
         if reason is Reason.DEADLINE:
-            return DeadlineExceeded(f"{self.label}deadline exceeded while {self.stage.value}")
+            return DeadlineExceeded(f"{self.label}Deadline Exceeded while {self.stage.value}")
         if reason in (Reason.MODEL_UNLOADING, Reason.SERVER_DRAIN):
             what = "the model is being unloaded" if reason is Reason.MODEL_UNLOADING else "the server is shutting down"
             return Unavailable(f"{self.label}request cancelled while {self.stage.value}: {what}")

@@ -124,7 +124,7 @@ async def test_A8_a_deadline_passes_while_executing(serve: Serve, autojump_clock
         call.request.scope.deadline = trio.current_time() + 3
         await call.ended.wait()
         assert isinstance(call.error, DeadlineExceeded)
-        assert call.error.message == "[request id: a] deadline exceeded while executing"
+        assert call.error.message == "[request id: a] Deadline Exceeded while executing"
         assert (call.outcome, trio.current_time() - call.request.received_at) == (Outcome.DEADLINE, 3)
         await wait_all_tasks_blocked()
         assert backend.executions[0].cancelled_after == 0

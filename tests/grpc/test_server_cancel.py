@@ -140,7 +140,7 @@ async def test_A8_grpc_timeout_is_the_scopes_deadline(autojump_clock: trio.testi
         await trio.sleep(0.2)
         assert trio.current_time() - began == pytest.approx(1.6)
         answer = client.answers[stream_id]
-        assert (answer.status, answer.text) == (Status.DEADLINE_EXCEEDED.value, "Deadline exceeded")
+        assert (answer.status, answer.text) == (Status.DEADLINE_EXCEEDED.value, "Deadline Exceeded")
         assert [source for _, source in world.service.cancelled] == ["deadline"]
         await client.assert_serves()
 

@@ -335,7 +335,7 @@ class Connection:
                 late = now >= deadline
                 stream.finish(
                     Status.DEADLINE_EXCEEDED,
-                    "Deadline exceeded"
+                    "Deadline Exceeded"
                     if late
                     else f"The request message did not arrive within {self.options.first_message_timeout:g} s",
                 )

@@ -35,8 +35,9 @@ MetadataLike = Mapping[str, str | bytes] | Collection[tuple[str, str | bytes]]
 _OK_TRAILERS = ((b"grpc-status", b"0"),)
 
 #: What a client that is still there reads when the server ended its RPC.  Reasons that are not here leave nobody to tell.
+#: "Deadline Exceeded" is what gRPC's own clients say, and programs look for it.
 CANCELLED_STATUS: dict[Reason, tuple[Status, str]] = {
-    Reason.DEADLINE: (Status.DEADLINE_EXCEEDED, "Deadline exceeded"),
+    Reason.DEADLINE: (Status.DEADLINE_EXCEEDED, "Deadline Exceeded"),
     Reason.SEQUENCE_CANCELLED: (Status.CANCELLED, "Cancelled: another request of the sequence was cancelled"),
     Reason.ADMIN: (Status.CANCELLED, "Cancelled by an operator of the server"),
     Reason.MODEL_UNLOADING: (Status.UNAVAILABLE, "The model is being unloaded"),
