@@ -188,3 +188,4 @@ async def playing(
         await eventually(lambda: frontend.statistics().connections == 0)
         statistics = frontend.statistics()
         assert (statistics.running, statistics.queued, statistics.incomplete) == (0, 0, 0)
+        assert statistics.started == statistics.finished
