@@ -205,9 +205,10 @@ class Batch:
         member = self._by_request.get(request)
         if member is None or not member.live:
             return
+        # Set first: a device thread that looks in between must not see a row that is kept as one that has left.
+        member.kept = self._keep_cancelled
         member.left_at = trio.current_time()
-        if self._keep_cancelled:
-            member.kept = True
+        if member.kept:
             return
         if member.scope is not None:
             member.scope.cancel(reason=reason.value)

@@ -54,6 +54,7 @@ class DeviceStatistics:
     jobs: int  #: executions that are using the device now
     chunks: int  #: programs with steps that have ended
     steps: int  #: steps in them
+    row_steps: int  #: the same, times the rows of the program, masked ones and padding too
     bubbles: int  #: follow-up programs that were dispatched when the device had run out of work
     failures: int  #: programs that raised
     cancels: int  #: cancelled jobs that the device has let go of
@@ -84,6 +85,7 @@ class Turn(ABC):
     #: What the submitter wants to hear of this turn, and every turn behind it, is already known: drop those.
     last = False
     steps = 0  #: steps it makes; known when it is dispatched
+    width = 1  #: rows that make them, whether anybody wants them or not
     seconds = 0.0  #: of device time; known when it is done
     failure = ""  #: the text of what it raised; exceptions are never kept, for their frames pin arrays
 
@@ -141,7 +143,7 @@ class DeviceThread:
         self._ready: deque[DeviceJob] = deque()
         self._closing = False
         self._last_done = 0.0
-        self._chunks = self._steps = self._bubbles = self._failures = self._undeliverable = 0
+        self._chunks = self._steps = self._row_steps = self._bubbles = self._failures = self._undeliverable = 0
         self._device_seconds = 0.0
         # Owner: whoever made this object; ended by close().  A daemon, so that a device that hangs cannot keep the
         # process from exiting.
@@ -181,6 +183,7 @@ class DeviceThread:
             jobs=len(self.jobs),
             chunks=self._chunks,
             steps=self._steps,
+            row_steps=self._row_steps,
             bubbles=self._bubbles,
             failures=self._failures,
             cancels=self._cancels,
@@ -274,6 +277,7 @@ class DeviceThread:
             turn.done(turn.seconds)
         self._chunks += turn.steps > 0
         self._steps += turn.steps
+        self._row_steps += turn.steps * turn.width
         self._device_seconds += turn.seconds
         job.give_back()
         job.device_seconds += turn.seconds

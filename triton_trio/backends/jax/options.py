@@ -31,6 +31,9 @@ class JaxOptions:
         chunk sizes to compile, ``1,2,4,8,16,32,64`` by default.
     ``buckets``
         batch sizes to compile, by default the powers of two below ``max_batch_size`` and itself.
+    ``compact_to``
+        the smallest bucket that a batch moves to when its rows have left or are done, 2 by default: in a bucket of 1 many
+        programs round differently.  ``max_batch_size`` keeps every batch in the bucket where it began.
     ``shapes``
         for models with variable dims: for how many different shapes compiled programs are kept, 16 by default.
     ``warmup``
@@ -44,6 +47,7 @@ class JaxOptions:
     max_steps: int | None
     ladder: tuple[int, ...]
     buckets: tuple[int, ...]
+    compact_to: int
     shapes: int
     warmup: bool
     x64: bool
@@ -81,6 +85,7 @@ class JaxOptions:
             max_steps=max_steps,
             ladder=ladder,
             buckets=buckets,
+            compact_to=parameter("compact_to", _count, "a batch size, 1 or more", 2),
             shapes=parameter("shapes", _count, "a number of shapes, 1 or more", 16),
             warmup=parameter("warmup", _flag, "'true' or 'false'", True),
             x64=parameter("x64", _flag, "'true' or 'false'", wide),
@@ -89,6 +94,14 @@ class JaxOptions:
     def bucket(self, rows: int) -> int:
         """The batch size of the programs that serve ``rows`` rows."""
         return next(bucket for bucket in self.buckets if bucket >= rows)
+
+    def compacted(self, bucket: int, rows: int) -> int | None:
+        """The bucket that a batch in ``bucket`` should move to when it needs only ``rows`` rows; None: it may stay."""
+        wanted = max(rows, self.compact_to)
+        if 2 * rows > bucket or wanted >= bucket:
+            return None
+        smaller = self.bucket(wanted)
+        return smaller if smaller < bucket else None
 
 
 def default_buckets(max_batch_size: int) -> tuple[int, ...]:

@@ -175,6 +175,11 @@ class PlacedModel:
         shapes = row_shapes(batch, self.config.inputs, batched=self.batched)
         return await self._program_set(self.options.bucket(batch.rows if self.batched else 1), shapes)
 
+    def smaller_sets(self, batch: Batch, bucket: int) -> dict[int, ProgramSet]:
+        """The compiled programs for this batch's shape below ``bucket``, by their buckets; compiles nothing."""
+        shapes = row_shapes(batch, self.config.inputs, batched=self.batched)
+        return {key[0]: found for key, found in self._sets.items() if key[0] < bucket and key[1] == shapes}
+
     async def _program_set(self, bucket: int, shapes: RowShapes) -> ProgramSet:
         key = (bucket, shapes)
         found = self._sets.get(key)

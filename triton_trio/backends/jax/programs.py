@@ -41,6 +41,8 @@ class ProgramSet:
     init: Compiled | None = None
     finish: Compiled | None = None
     chunks: dict[int, Compiled] = field(default_factory=dict)
+    #: By the smaller bucket: from carry, flags and the rows to take (int32[smaller]) to carry and flags there.
+    compact: dict[int, Compiled] = field(default_factory=dict)
 
 
 @contextlib.contextmanager
@@ -105,6 +107,9 @@ class ProgramBuilder:
             keep = self._placed((bucket,), np.dtype(bool))
             programs.chunks[k] = self._compile(self._chunk(k), self._params, carry, flags, keep, donate=1)
 
+        def compile_compact(to: int) -> None:
+            programs.compact[to] = self._compile(_take_rows, *avals, self._placed((to,), np.dtype(np.int32)))
+
         def compile_finish() -> None:
             assert functions.finish is not None
             programs.finish = self._compile(self._lift(functions.finish), self._params, avals[0])
@@ -112,6 +117,8 @@ class ProgramBuilder:
         yield compile_init
         for k in programs.controller.ladder:
             yield lambda k=k: compile_chunk(k)  # type: ignore[misc]
+        for to in {self._options.compacted(bucket, rows) for rows in range(1, bucket)} - {None}:
+            yield lambda to=to: compile_compact(to)  # type: ignore[misc]
         if functions.finish is not None:
             yield compile_finish
 
@@ -179,6 +186,10 @@ class ProgramBuilder:
             return carry, flags, emitted
 
         return program
+
+
+def _take_rows(carry: Any, flags: Any, rows: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: leaf[rows], (carry, flags))
 
 
 def _first(leaf: Any) -> Any:

@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from .placed import PlacedModel
     from .programs import ProgramSet
 
+#: Chunks that go out with half of their rows idle before the others move to a smaller bucket: moving costs about a
+#: chunk, and who has half of its batch cancelled often has the rest cancelled too.
+PATIENCE = 2
 #: Programs of one job that may be out: two on the device, and one in line so that the thread need not wait for Trio.
 CREDITS = WINDOW + 1
 
@@ -33,12 +36,14 @@ class StepPlan:
 
     def __init__(self, placed: PlacedModel, programs: ProgramSet, batch: Batch) -> None:
         self.placed = placed
-        self.programs = programs
+        self.programs = programs  #: of the bucket where the rows are
         self.batch = batch
         self.slots = [Slot(member) for member in batch.members]
         self._carry: Any = None
         self._flags: Any = None
         self._started = False
+        self._smaller = placed.smaller_sets(batch, programs.bucket)
+        self._half_idle = 0  #: chunks in a row that half of the rows had no part in
 
     def drop(self) -> None:
         """Forget the device's arrays; when the device is idle for this execution their memory is free."""
@@ -70,24 +75,26 @@ class StepPlan:
             finishing = [slot for slot in self.slots if self._wants_finish(slot) and slot.take()]
             if finishing:
                 return self._dispatch_finish(turn, finishing)
-            stepping = [slot for slot in self.slots if self._wants_steps(slot) and not slot.parked and slot.take()]
-            return bool(stepping) and self._dispatch_chunk(turn, stepping)
+            # Decided once for both: whoever leaves meanwhile may have a row and make no step, but not the other way.
+            needed = [slot for slot in self.slots if self._wants_steps(slot)]
+            stepping = [slot for slot in needed if not slot.parked and slot.take()]
+            return bool(stepping) and self._dispatch_chunk(turn, stepping, needed)
 
-    def _dispatch_chunk(self, turn: StepTurn, slots: list[Slot]) -> bool:
-        turn.slots = slots
+    def _dispatch_chunk(self, turn: StepTurn, slots: list[Slot], needed: list[Slot]) -> bool:
+        limit = self.placed.options.max_steps
+        left = None if limit is None else max(limit - slot.steps for slot in slots)
         params = self.placed.params
         if not self._started:
             self._started = True
             assert self.programs.init is not None
             inputs = stack_inputs(self.batch, self.placed.config, self.programs.bucket)
             self._carry, self._flags = self.programs.init(params, inputs)
-        else:
-            turn.controller = self.programs.controller  # the first chunk's time has init's in it
+        elif not self._compact(needed, left):
+            turn.controller = self.programs.controller  # other chunks' time has init or the move in it
+        turn.include(slots, self.programs.bucket)
         keep = np.zeros(self.programs.bucket, bool)
         for slot in slots:
             keep[slot.rows] = True
-        limit = self.placed.options.max_steps
-        left = None if limit is None else max(limit - slot.steps for slot in slots)
         k = turn.steps = self.programs.controller.pick(left)
         carry, self._carry = self._carry, None
         self._carry, self._flags, turn.emitted = self.programs.chunks[k](params, carry, self._flags, keep)
@@ -98,8 +105,33 @@ class StepPlan:
         start_copy((turn.ended, turn.emitted))
         return True
 
+    def _compact(self, needed: list[Slot], left: int | None) -> bool:
+        """Move the rows in need of steps to a smaller bucket, if that pays; True if a program was dispatched for it.
+
+        Rows that are done go too: their ``finish`` is on the device already, with the carry of that time.
+        """
+        rows = [row for slot in needed for row in range(slot.rows.start, slot.rows.stop)]
+        smaller = self.placed.options.compacted(self.programs.bucket, len(rows))
+        if smaller not in self._smaller:
+            self._half_idle = 0
+            return False
+        self._half_idle += 1
+        if self._half_idle <= PATIENCE or (left is not None and left <= self.programs.controller.k):
+            return False
+        self._half_idle = 0
+        # Padding repeats a real row, as in stack_inputs().
+        source = np.array(rows + rows[:1] * (smaller - len(rows)), np.int32)
+        carry, self._carry = self._carry, None
+        self._carry, self._flags = self.programs.compact[smaller](carry, self._flags, source)
+        self.programs = self._smaller[smaller]
+        start = 0
+        for slot in needed:
+            slot.rows = slice(start, start + slot.rows.stop - slot.rows.start)
+            start = slot.rows.stop
+        return True
+
     def _dispatch_finish(self, turn: StepTurn, slots: list[Slot]) -> bool:
-        turn.slots = slots
+        turn.include(slots, self.programs.bucket)
         assert self.programs.finish is not None
         turn.finished = self.programs.finish(self.placed.params, self._carry)
         for slot in slots:
@@ -114,6 +146,7 @@ class StepTurn(Turn):
     def __init__(self, plan: StepPlan) -> None:
         self._plan: StepPlan | None = plan
         self.slots: list[Slot] = []
+        self.rows: list[slice] = []  #: of each slot, in this program; the slot may have moved when the turn is complete
         self.controller: Any = None
         #: On the device, until wait() has brought them to the host:
         self.ended: Any = None
@@ -124,6 +157,12 @@ class StepTurn(Turn):
         self.emissions: dict[str, Array] = {}  #: [K, bucket, ...]
         self.outputs: dict[str, Array] | None = None
         self.now_done: list[Slot] = []
+
+    def include(self, slots: list[Slot], bucket: int) -> None:
+        """This program is for ``slots``, where they are now."""
+        self.slots = slots
+        self.rows = [slot.rows for slot in slots]
+        self.width = bucket
 
     def dispatch(self) -> bool:
         assert self._plan is not None
@@ -141,8 +180,8 @@ class StepTurn(Turn):
                 flags = np.asarray(ended)
                 if emitted is not None:
                     self.emissions, self.active = to_host(emitted[0]), np.asarray(emitted[1])
-                for slot in self.slots:
-                    if not slot.done and flags[slot.rows].all():
+                for slot, rows in zip(self.slots, self.rows, strict=True):
+                    if not slot.done and flags[rows].all():
                         slot.done = True
                         self.now_done.append(slot)
         finally:
@@ -202,18 +241,18 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
 def _take(plan: StepPlan, turn: StepTurn) -> None:
     """Sort the results of one program by member."""
     batched = plan.placed.batched
-    live = [slot for slot in turn.slots if slot.member.live]
+    live = [(slot, rows) for slot, rows in zip(turn.slots, turn.rows, strict=True) if slot.member.live]
     if turn.outputs is not None:
         plan.batch.compute_output_at = plan.batch.compute_output_at or trio.current_time()
-        for slot in live:
-            slot.final = to_response(turn.outputs, slot.rows, batched=batched)
+        for slot, rows in live:
+            slot.final = to_response(turn.outputs, rows, batched=batched)
             slot.ended = True
     if turn.active is not None:
-        for slot in live:
+        for slot, rows in live:
             # A member's rows step together: one response for each step that any of them made.
-            for index in np.flatnonzero(turn.active[:, slot.rows].any(axis=1)):
+            for index in np.flatnonzero(turn.active[:, rows].any(axis=1)):
                 step = {name: values[index] for name, values in turn.emissions.items()}
-                slot.pending.append(to_response(step, slot.rows, batched=batched))
+                slot.pending.append(to_response(step, rows, batched=batched))
     if plan.programs.finish is None:
         for slot in turn.now_done:
             slot.ended = True

@@ -18,16 +18,32 @@ if TYPE_CHECKING:
 class Slot:
     """One member's rows in a bucket.
 
+    ``rows`` is where they are for the next program that is dispatched: the device thread moves them when it compacts the
+    batch.  What a program on the device has made is found where its turn says.
+
     ``busy`` counts programs on the device that include the rows.  The device thread raises it *before* it looks whether
     the member is live, and the Trio thread looks at it *after* the member has left: so either the program leaves the rows
     out, or the release waits for the program.
     """
 
-    __slots__ = ("busy", "done", "ended", "exhausted", "final", "finishing", "member", "parked", "pending", "steps")
+    __slots__ = (
+        "busy",
+        "done",
+        "ended",
+        "exhausted",
+        "final",
+        "finishing",
+        "member",
+        "parked",
+        "pending",
+        "rows",
+        "steps",
+    )
 
     def __init__(self, member: Member) -> None:
         self.member = member
         # Of the device thread:
+        self.rows = slice(member.start, member.stop)
         self.busy = 0
         self.steps = 0  #: dispatched for these rows
         self.done = False  #: all rows are known to be done
@@ -38,10 +54,6 @@ class Slot:
         self.pending: deque[dict[str, Array]] = deque()  #: responses that wait for the reader
         self.final: dict[str, Array] | None = None
         self.ended = False  #: no response comes after ``pending`` and ``final``
-
-    @property
-    def rows(self) -> slice:
-        return slice(self.member.start, self.member.stop)
 
     def take(self) -> bool:
         """Include the rows in the next program, if anybody wants them; in the device thread."""
