@@ -426,6 +426,7 @@ async def test_e1_a_drain_answers_everybody(tmp_path: Path) -> None:
     write_model(models, "never", SCRIPT)
     write_model(models, "never_decoupled", DECOUPLED)
     async with serve_world(models, dict(gates)) as (server, address):
+        counters = server.model("never").counters
         channel = grpc.insecure_channel(address)
         stub = GRPCInferenceServiceStub(channel)
         ends = stub.ModelInfer.future(script_request(7), timeout=10)
@@ -439,8 +440,9 @@ async def test_e1_a_drain_answers_everybody(tmp_path: Path) -> None:
             gates["once"].open()
             answer = await in_thread(lambda: ends.result(timeout=5))
             assert answer.raw_output_contents[0] == np.int32(7).tobytes()
-            error = await in_thread(lambda: stays.exception(timeout=5))
-            assert error.code() == Code.UNAVAILABLE
-            assert error.details()
-        await in_thread(channel.close)
-        assert server.model("never").counters.reasons == {("server_drain", "executing"): 1}
+            await trio.sleep_forever()  # at the limit the server ends, and so does its block
+    error = await in_thread(lambda: stays.exception(timeout=5))
+    assert error.code() == Code.UNAVAILABLE
+    assert error.details()
+    await in_thread(channel.close)
+    assert counters.reasons == {("server_drain", "executing"): 1}
