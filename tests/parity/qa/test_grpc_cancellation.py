@@ -7,6 +7,8 @@ are the server's books: every request that was started has one outcome.
 from __future__ import annotations
 
 import asyncio
+import gc
+import logging
 import threading
 from pathlib import Path
 from typing import Any
@@ -128,7 +130,7 @@ async def test_aio_grpc_stream_infer(tmp_path: Path) -> None:
     ],
 )
 async def test_a_cancel_and_an_answer_that_meet(tmp_path: Path, scenario: str) -> None:
-    """Triton orders the two with ``TRITONSERVER_DELAY_GRPC_*``; here each order is made, and then both at once."""
+    """Over a socket, as near to each order as it lets us; ``test_grpc_cancellation_orders.py`` has them exactly."""
     async with playing(tmp_path, {MODEL: CONFIG}) as world:
         for number in range(8):
             call, execution = await world.executing(MODEL, inputs())
@@ -156,6 +158,20 @@ async def test_a_cancel_and_an_answer_that_meet(tmp_path: Path, scenario: str) -
 # The C++ client: one callback for each cancel, siblings undisturbed
 
 
+async def test_CancelExecuting(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "triton_trio.cancel")
+    async with playing(tmp_path, {MODEL: CONFIG}) as world:
+        call, execution = await world.executing(MODEL, inputs(1))
+        sibling = await world.queued(MODEL, inputs(2))
+        call.cancel()
+        assert await call.cancelled() == LOCALLY
+        await execution.ended.wait()
+        (await running(world, 1)).finish()
+        assert (await sibling.result()).as_numpy("OUTPUT0").tolist() == [[2]]
+        await books(world, ok=1, cancelled=1)
+        assert [record.name for record in caplog.records].count("triton_trio.cancel") == 1
+
+
 async def test_CancelQueued(tmp_path: Path) -> None:
     async with playing(tmp_path, {MODEL: CONFIG + QUEUE}) as world:
         holder, execution = await world.executing(MODEL, inputs(1))
@@ -180,6 +196,22 @@ async def test_CancelAfterCompletionIsNoOp(tmp_path: Path) -> None:
         assert await in_thread(world.client.is_server_live)  # the connection has brought whatever there was to bring
         assert (len(call.results), call.errors) == (1, [])
         await books(world, ok=1)
+
+
+async def test_WithoutContext(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Who keeps nothing to cancel by, cancels nothing: not even when the garbage is collected."""
+    caplog.set_level(logging.INFO, "triton_trio.cancel")
+    async with playing(tmp_path, {MODEL: CONFIG}) as world:
+        callback = Callback()
+        world.client.async_infer(MODEL, inputs(), callback)
+        execution = await running(world)
+        gc.collect()
+        await in_thread(world.client.is_server_live)
+        assert world.backend.running == [execution]
+        execution.finish()
+        assert (await callback.result()).as_numpy("OUTPUT0").tolist() == [[1]]
+        await books(world, ok=1)
+        assert "triton_trio.cancel" not in {record.name for record in caplog.records}
 
 
 async def test_MultiCancelExecuting(tmp_path: Path) -> None:
