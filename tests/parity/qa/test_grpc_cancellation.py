@@ -319,21 +319,3 @@ async def test_simple_infer_timeout(tmp_path: Path) -> None:
         # Two clocks: either the server's deadline is first, or the reset of the client's.
         assert sum(world.counters(MODEL).outcomes.values()) == 1
         assert Outcome.OK not in world.counters(MODEL).outcomes
-
-
-# L0_batcher/queue_timeout_test.py
-
-
-async def test_default_queue_timeout(tmp_path: Path) -> None:
-    policy = "dynamic_batching { default_queue_policy { default_timeout_microseconds: 50000 } }"
-    async with playing(tmp_path, {MODEL: CONFIG + policy}) as world:
-        holder, execution = await world.executing(MODEL, inputs())
-        late = world.call(MODEL, inputs())
-        await late.wait()  # answered when it is due, with the instance still busy
-        assert late.errors[0].message() == "Request timeout expired"
-        assert late.errors[0].status() == "StatusCode.UNAVAILABLE"
-        assert world.backend.running == [execution]
-        assert world.failures(MODEL, "REJECTED") == 1
-        execution.finish()
-        await holder.result()
-        await books(world, ok=1, rejected=1)
