@@ -129,6 +129,7 @@ async def test_grpc_async_infer_cancellation_at_step_start(tmp_path: Path, lines
         race.cancel(call[0].stream_id)
         assert await race.handlers() == 0
         assert (race.outcomes, race.backend.executions, lines()) == ({}, [], 0)
+        assert race.grpc.statistics().started == 0
         assert race.frames(call[0].stream_id) == []
 
 
