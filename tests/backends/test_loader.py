@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
@@ -14,6 +15,7 @@ import trio
 from triton_trio.backends import Placement
 from triton_trio.backends.jax import JaxBackend, JaxOptions, short_switch_interval
 from triton_trio.backends.jax.backend import find_device
+from triton_trio.backends.jax.checks import callback_problem
 from triton_trio.backends.jax.options import default_buckets
 from triton_trio.backends.jax.placed import PlacedModel
 from triton_trio.errors import InvalidArgument
@@ -28,6 +30,8 @@ from .world import (
     open_world,
     write_model,
 )
+
+Call = Callable[[jax.Array], jax.Array]
 
 VECTOR = """
 input [{ name: "X" data_type: TYPE_FP32 dims: [3] }]
@@ -140,6 +144,44 @@ BAD_MODELS = {
         ),
         "step() calls back into Python (pure_callback)",
     ),
+    "debug.print in done": (
+        CARRY.replace(
+            'return carry["n"] > 3',
+            '__import__("jax").debug.print("{}", carry["n"]); return carry["n"] > 3',
+        ),
+        "done() calls back into Python (debug_",
+    ),
+    "debug.print in a run": (
+        "import jax\n"
+        "def shown(x):\n    jax.debug.print('{}', x)\n    return x\n"
+        "async def run(ctx, params, inputs):\n    return {'Y': await ctx.run(shown, inputs['X'])}\n",
+        "ctx.run: shown() calls back into Python (debug_",
+    ),
+}
+
+
+def _with_jvp(call: Call) -> Call:
+    function = jax.custom_jvp(call)
+    function.defjvps(lambda dx, y, x: dx)
+    return function
+
+
+def _with_vjp(call: Call) -> Call:
+    function = jax.custom_vjp(call)
+    function.defvjp(lambda x: (call(x), x), lambda x, dy: (dy,))
+    return function
+
+
+#: How a callback can hide from someone who looks at the outermost equations only.
+HIDDEN: dict[str, Callable[[Call, jax.Array], jax.Array]] = {
+    "scan": lambda call, x: jax.lax.scan(lambda c, _: (call(c), None), x, None, length=2)[0],
+    "while": lambda call, x: jax.lax.while_loop(lambda c: call(c)[0] < 3, lambda c: c + 1, x),
+    "cond": lambda call, x: jax.lax.cond(x[0] > 0, call, lambda c: c, x),
+    "jit": lambda call, x: jax.jit(call)(x),
+    "custom_jvp": lambda call, x: _with_jvp(call)(x),
+    "custom_vjp": lambda call, x: _with_vjp(call)(x),
+    "checkpoint": lambda call, x: jax.checkpoint(call)(x),
+    "vmap": lambda call, x: jax.vmap(call)(x[:, None])[:, 0],
 }
 
 
@@ -271,6 +313,20 @@ async def test_c8_a_load_that_is_cancelled_between_compilations_leaves_nothing(
     assert not {name for name in set(sys.modules) - modules if name.startswith("triton_trio_model")}
     gc.collect()
     assert len(jax.live_arrays()) == arrays
+
+
+@pytest.mark.parametrize("hidden", HIDDEN)
+def test_a_callback_is_found_wherever_it_hides(hidden: str) -> None:
+    def call(x: jax.Array) -> jax.Array:
+        return jax.pure_callback(np.asarray, x, x, vmap_method="sequential")
+
+    def found(call: Call) -> str:
+        jaxpr = jax.make_jaxpr(lambda x: HIDDEN[hidden](call, x))(np.ones(3, np.float32))
+        return callback_problem(jaxpr.jaxpr)
+
+    assert "(pure_callback)" in found(call)
+    assert "return what you need in the carry or the outputs" in found(call)
+    assert found(lambda x: x) == ""
 
 
 async def test_instances_on_one_device_share_its_thread_and_programs(tmp_path: Path) -> None:

@@ -22,7 +22,15 @@ Avals = Any  #: a pytree of jax.ShapeDtypeStruct
 #: ``aval(shape, dtype)``; JAX's stubs leave it untyped.
 aval: Any = jax.ShapeDtypeStruct
 
-_CALLBACKS = frozenset({"io_callback", "pure_callback", "debug_callback"})
+_DEBUG = "remove jax.debug.print() and the like, or make what you want to see an output"
+_RETURN = "return what you need in the carry or the outputs"
+#: Primitives that make a program stop and call Python, with what to do instead.
+_CALLBACKS = {
+    "io_callback": _RETURN,
+    "pure_callback": _RETURN,
+    "debug_callback": _DEBUG,
+    "debug_print": _DEBUG,  # of jax.debug.print(), in a JAX that has it as a primitive of its own
+}
 
 
 def check_config(config: ModelConfig) -> None:
@@ -98,12 +106,9 @@ class FunctionChecker:
             jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
         except Exception as exc:  # noqa: BLE001  (any error of the author's function)
             raise self._bad(f"{name}() cannot be traced: {type(exc).__name__}: {_first_paragraph(exc)}") from None
-        for primitive in _primitives(jaxpr.jaxpr):
-            if primitive in _CALLBACKS:
-                raise self._bad(
-                    f"{name}() calls back into Python ({primitive}); the device would stop and wait for the server's "
-                    "interpreter at each call.  Return what you need in the carry or the outputs"
-                )
+        problem = callback_problem(jaxpr.jaxpr)
+        if problem:
+            raise self._bad(f"{name}() {problem}")
         return out
 
     def _check_carry(self, before: Avals, after: Avals) -> None:
@@ -165,6 +170,17 @@ def outputs_problem(specs: Sequence[TensorSpec], outputs: Mapping[str, tuple[tup
     extra = sorted(set(outputs) - {spec.name for spec in specs})
     if extra:
         return f"output '{extra[0]}' is not in config.pbtxt, which has {[spec.name for spec in specs]}"
+    return ""
+
+
+def callback_problem(jaxpr: Any) -> str:
+    """Where a traced function calls Python, at any depth (scan, cond, jit, custom_jvp, ...); empty if nowhere."""
+    for primitive in _primitives(jaxpr):
+        if primitive in _CALLBACKS:
+            return (
+                f"calls back into Python ({primitive}); the device would stop and wait for the server's interpreter at "
+                f"each call, and no cancel could be seen meanwhile: {_CALLBACKS[primitive]}"
+            )
     return ""
 
 

@@ -21,7 +21,7 @@ import trio
 
 from ...errors import InternalError, InvalidArgument, TritonError
 from ...tensor import DTYPES
-from .checks import Avals, aval, outputs_problem
+from .checks import Avals, aval, callback_problem, outputs_problem
 from .device import Pause, Turn
 from .job import DeviceJob
 from .programs import precision, static_shapes
@@ -136,8 +136,11 @@ class FunctionCache:
 
         def job() -> None:
             avals = jax.tree.map(like, args)
-            donated = _donated(function, avals)
-            compiled.append(jax.jit(fenced, donate_argnums=donated).lower(*avals).compile())
+            traced = jax.jit(fenced, donate_argnums=_donated(function, avals)).trace(*avals)
+            problem = callback_problem(traced.jaxpr.jaxpr)
+            if problem:
+                raise InvalidArgument(f"{self._placed.name}: ctx.run: {_function_name(function)}() {problem}")
+            compiled.append(traced.lower().compile())
 
         await self._placed.compile(job)
         return compiled[0]
@@ -152,6 +155,12 @@ def _identity(function: Callable[..., Any]) -> object:
             return function
         return key
     return function
+
+
+def _function_name(function: Callable[..., Any]) -> str:
+    while isinstance(function, functools.partial):
+        function = function.func
+    return getattr(function, "__name__", type(function).__name__)
 
 
 def _leaf_signature(leaf: Any) -> object:
