@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
 
 from ...errors import InvalidArgument
+from .memory import MIB
 
 if TYPE_CHECKING:
     from ...config import ModelConfig
@@ -38,6 +39,10 @@ class JaxOptions:
         for models with variable dims: for how many different shapes compiled programs are kept, 16 by default.
     ``warmup``
         ``false``: do not run an explicit model once on zeros when it is loaded.
+    ``device_memory_limit_mb``
+        MiB on a device that the parameters and one batch for each instance there may take.  A bucket whose programs, by
+        XLA's account, need more is refused when it is compiled: at load, or with variable dims at the request.  No
+        limit by default.
     ``x64``
         ``true`` or ``false``: JAX's 64-bit mode for this model; by default on if a tensor is FP64, INT64 or UINT64,
         which the correlation ID of a sequence may be, too.
@@ -50,6 +55,7 @@ class JaxOptions:
     compact_to: int
     shapes: int
     warmup: bool
+    memory_limit: float | None  #: bytes
     x64: bool
 
     @classmethod
@@ -88,6 +94,7 @@ class JaxOptions:
             compact_to=parameter("compact_to", _count, "a batch size, 1 or more", 2),
             shapes=parameter("shapes", _count, "a number of shapes, 1 or more", 16),
             warmup=parameter("warmup", _flag, "'true' or 'false'", True),
+            memory_limit=parameter("device_memory_limit_mb", _mebibytes, "a positive number of MiB", None),
             x64=parameter("x64", _flag, "'true' or 'false'", wide),
         )
 
@@ -124,6 +131,13 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _milliseconds(text: str) -> float:
     value = float(text) / 1e3
+    if not 0 < value < float("inf"):
+        raise ValueError(text)
+    return value
+
+
+def _mebibytes(text: str) -> float | None:
+    value = float(text) * MIB
     if not 0 < value < float("inf"):
         raise ValueError(text)
     return value

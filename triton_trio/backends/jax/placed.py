@@ -18,6 +18,7 @@ from ...errors import InvalidArgument
 from .checks import FunctionChecker, aval
 from .controller import ChunkController
 from .loader import Form, LoadContext
+from .memory import MIB, tree_bytes
 from .programs import ProgramBuilder, ProgramSet, RowShapes, precision, row_avals, static_shapes
 from .turns import row_shapes
 
@@ -78,7 +79,7 @@ class PlacedModel:
         self._checked: set[RowShapes] = set()
         self._compiling = trio.Lock()
         self._loaded = False
-        self._warned = False
+        self._warned = self._warned_of_copies = False
         self._compiles = self._compiles_after_load = 0
         self._executions = self._cancels = 0
         self._device_seconds = 0.0
@@ -205,7 +206,31 @@ class PlacedModel:
         programs = ProgramSet(bucket, ChunkController(self.options.target, self.options.ladder))
         for job in self._builder.build(programs, row):
             await self.compile(job)
+            self._check_memory(programs)
+        if programs.not_donated and not self._warned_of_copies:
+            self._warned_of_copies = True
+            LOGGER.warning("%s: bucket %d: %s", self.name, bucket, programs.not_donated)
         return programs
+
+    def check_memory(self) -> None:
+        """For another instance on this device, which may have a batch of its own there; raises as :meth:`load`."""
+        for programs in self._sets.values():
+            self._check_memory(programs)
+
+    def _check_memory(self, programs: ProgramSet) -> None:
+        limit, memory = self.options.memory_limit, programs.memory
+        if limit is None or memory is None:
+            return
+        params = tree_bytes(self.params)
+        needed = params + self.users * memory.total
+        if needed > limit:
+            raise InvalidArgument(
+                f"{self.name}: bucket {programs.bucket} needs {needed / MIB:.1f} MiB on device {self.device.name}, more than "
+                f"device_memory_limit_mb={limit / MIB:g}: {params / MIB:.1f} MiB of parameters and, for each of "
+                f"{self.users} instance(s), {memory.total / MIB:.1f} MiB ({memory.arguments / MIB:.1f} of arguments, "
+                f"{memory.outputs / MIB:.1f} of outputs, {memory.temporary / MIB:.1f} of temporaries); make the largest "
+                "batch or the tensors smaller, take fewer instances, or raise the limit"
+            )
 
     async def compile(self, job: Callable[[], None], *, count: bool = True) -> None:
         """Run one compilation in a worker thread, in the model's precision.

@@ -11,7 +11,7 @@ import contextlib
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,7 @@ import numpy as np
 from ...tensor import DTYPES
 from .checks import Avals, aval, model_dims
 from .controller import ChunkController
+from .memory import ProgramMemory, donation_problem
 
 if TYPE_CHECKING:
     from ...config import TensorSpec
@@ -43,6 +44,9 @@ class ProgramSet:
     chunks: dict[int, Compiled] = field(default_factory=dict)
     #: By the smaller bucket: from carry, flags and the rows to take (int32[smaller]) to carry and flags there.
     compact: dict[int, Compiled] = field(default_factory=dict)
+    #: Of the program that takes most of it; None until one is compiled, and where the platform does not tell.
+    memory: ProgramMemory | None = None
+    not_donated: str = ""  #: why chunks copy the carry, if they do
 
 
 @contextlib.contextmanager
@@ -89,7 +93,7 @@ class ProgramBuilder:
 
         def compile_apply() -> None:
             assert functions.apply is not None
-            programs.apply = self._compile(self._lift(functions.apply), self._params, inputs)
+            programs.apply = self._compile(programs, self._lift(functions.apply), self._params, inputs)
 
         if functions.apply is not None:
             yield compile_apply
@@ -99,20 +103,21 @@ class ProgramBuilder:
         avals: list[Avals] = []
 
         def compile_init() -> None:
-            programs.init = self._compile(init, self._params, inputs)
+            programs.init = self._compile(programs, init, self._params, inputs)
             avals.extend(jax.tree.map(self._aval, jax.eval_shape(init, self._params, inputs)))
 
         def compile_chunk(k: int) -> None:
             carry, flags = avals
             keep = self._placed((bucket,), np.dtype(bool))
-            programs.chunks[k] = self._compile(self._chunk(k), self._params, carry, flags, keep, donate=1)
+            programs.chunks[k] = self._compile(programs, self._chunk(k), self._params, carry, flags, keep, donate=1)
 
         def compile_compact(to: int) -> None:
-            programs.compact[to] = self._compile(_take_rows, *avals, self._placed((to,), np.dtype(np.int32)))
+            rows = self._placed((to,), np.dtype(np.int32))
+            programs.compact[to] = self._compile(programs, _take_rows, *avals, rows)
 
         def compile_finish() -> None:
             assert functions.finish is not None
-            programs.finish = self._compile(self._lift(functions.finish), self._params, avals[0])
+            programs.finish = self._compile(programs, self._lift(functions.finish), self._params, avals[0])
 
         yield compile_init
         for k in programs.controller.ladder:
@@ -122,10 +127,17 @@ class ProgramBuilder:
         if functions.finish is not None:
             yield compile_finish
 
-    def _compile(self, function: Callable[..., Any], *avals: Avals, donate: int | None = None) -> Compiled:
+    def _compile(
+        self, programs: ProgramSet, function: Callable[..., Any], *avals: Avals, donate: int | None = None
+    ) -> Compiled:
         jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
-        compiled: Compiled = jitted.lower(*avals).compile()
-        return compiled
+        compiled: Any = jitted.lower(*avals).compile()
+        memory = ProgramMemory.of(compiled, *(each for each in avals if each is not self._params))
+        if memory is not None and (programs.memory is None or memory.total > programs.memory.total):
+            programs.memory = memory
+        if donate is not None:
+            programs.not_donated = programs.not_donated or donation_problem(memory, avals[donate], compiled.out_info[0])
+        return cast("Compiled", compiled)
 
     def _aval(self, leaf: Any) -> Avals:
         return self._placed(leaf.shape, leaf.dtype)
