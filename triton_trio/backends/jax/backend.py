@@ -137,6 +137,8 @@ class JaxModel(BackendModel):
                     if self._functions.form is Form.EXPLICIT:
                         await warm_up(placed, functions)
                     placed.loaded()
+                else:
+                    placed.check_memory()
                 yield JaxInstance(placed, functions)
             finally:
                 placed.users -= 1
