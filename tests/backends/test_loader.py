@@ -292,9 +292,9 @@ async def test_c8_a_load_that_is_cancelled_between_compilations_leaves_nothing(
     compile_one = PlacedModel.compile
     scope = trio.CancelScope()
 
-    async def counting(self, job, *, count=True):
+    async def counting(self, job, *, count=True, **options):
         nonlocal compiled
-        await compile_one(self, job, count=count)
+        await compile_one(self, job, count=count, **options)
         compiled += count
         if compiled == stop_after:
             scope.cancel()

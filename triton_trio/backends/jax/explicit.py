@@ -37,6 +37,8 @@ LOGGER = logging.getLogger("triton_trio.jax")
 #: Compiled functions that one model keeps.
 PROGRAMS = 64
 
+#: A function's identity, and for each argument its tree and its leaves' shapes and types.
+Key = tuple[object, tuple[Any, ...]]
 Send = Callable[[dict[str, "Array"]], Awaitable[None]]
 
 
@@ -97,18 +99,19 @@ class FunctionCache:
 
     def __init__(self, placed: PlacedModel) -> None:
         self._placed = placed
-        self._programs: OrderedDict[object, Callable[..., Any]] = OrderedDict()
+        self._programs: OrderedDict[Key, Callable[..., Any]] = OrderedDict()
         self._compiling = trio.Lock()
 
     async def get(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
         """The program for ``function`` and arguments like ``args``; compiled in a worker thread when first needed."""
-        key = (_identity(function), tuple(map(self._signature, args)))
+        key: Key = (_identity(function), tuple(map(self._signature, args)))
         program = self._programs.get(key)
         if program is None:
             async with self._compiling:
                 program = self._programs.get(key)
                 if program is None:
-                    program = self._programs[key] = await self._compile(function, args)
+                    new_shape = not self._placed.warm or self._is_new_shape(key)
+                    program = self._programs[key] = await self._compile(function, args, new_shape=new_shape)
                     if len(self._programs) > PROGRAMS:
                         self._programs.popitem(last=False)
         self._programs.move_to_end(key)
@@ -120,7 +123,15 @@ class FunctionCache:
         leaves, tree = jax.tree.flatten(arg)
         return tree, tuple(map(_leaf_signature, leaves))
 
-    async def _compile(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
+    def _is_new_shape(self, key: Key) -> bool:
+        """Whether a function that is known meets shapes that it has not met."""
+        function, signature = key
+        known = [_shapes(other) for identity, other in self._programs if identity == function]
+        return bool(known) and _shapes(signature) not in known
+
+    async def _compile(
+        self, function: Callable[..., Any], args: tuple[Any, ...], *, new_shape: bool
+    ) -> Callable[..., Any]:
         compiled: list[Callable[..., Any]] = []
         sharding = jax.sharding.SingleDeviceSharding(self._placed.jax_device)
 
@@ -142,7 +153,9 @@ class FunctionCache:
                 raise InvalidArgument(f"{self._placed.name}: ctx.run: {_function_name(function)}() {problem}")
             compiled.append(traced.lower().compile())
 
-        await self._placed.compile(job)
+        await self._placed.compile(job, new_shape=new_shape)
+        if not new_shape:
+            self._placed.warn_of_compile(f"ctx.run: {_function_name(function)}()")
         return compiled[0]
 
 
@@ -155,6 +168,16 @@ def _identity(function: Callable[..., Any]) -> object:
             return function
         return key
     return function
+
+
+def _shapes(signature: tuple[Any, ...]) -> object:
+    """A signature without the types."""
+    return tuple(
+        argument
+        if isinstance(argument, str)
+        else (argument[0], tuple(leaf[0] if isinstance(leaf, tuple) else () for leaf in argument[1]))
+        for argument in signature
+    )
 
 
 def _function_name(function: Callable[..., Any]) -> str:

@@ -46,7 +46,10 @@ class PlacedStatistics:
     model: str
     device: str
     compiles: int
-    compiles_after_load: int  #: 0 unless dims are variable or an explicit model meets new shapes
+    #: While requests waited, and for nothing: 0, or an explicit model calls its functions with a Python number here and a
+    #: numpy scalar there, makes a new function for each request, or has one that its run on zeros did not come by.
+    compiles_after_load: int
+    compiles_for_shapes: int  #: while requests waited: the shape was new to a model that takes any
     executions: int
     cancels: int  #: executions that were cancelled
     device_seconds: float
@@ -79,8 +82,9 @@ class PlacedModel:
         self._checked: set[RowShapes] = set()
         self._compiling = trio.Lock()
         self._loaded = False
+        self._warned_of_compile = False
         self._warned = self._warned_of_copies = False
-        self._compiles = self._compiles_after_load = 0
+        self._compiles = self._compiles_after_load = self._compiles_for_shapes = 0
         self._executions = self._cancels = 0
         self._device_seconds = 0.0
 
@@ -90,6 +94,7 @@ class PlacedModel:
             device=self.device.name,
             compiles=self._compiles,
             compiles_after_load=self._compiles_after_load,
+            compiles_for_shapes=self._compiles_for_shapes,
             executions=self._executions,
             cancels=self._cancels,
             device_seconds=self._device_seconds,
@@ -157,8 +162,14 @@ class PlacedModel:
             return jax.tree.map(lambda leaf: leaf.block_until_ready(), params)
 
     def loaded(self) -> None:
-        """Compilations from here on are counted as ``compiles_after_load``."""
+        """Compilations from here on keep requests waiting; see :class:`PlacedStatistics`."""
         self._loaded = True
+
+    @property
+    def warm(self) -> bool:
+        """Everything that a request of a known shape needs was compiled at load."""
+        tried = self.functions.form is not Form.EXPLICIT or self.options.warmup
+        return self._loaded and tried and static_shapes(self.config.inputs) is not None
 
     def unload(self) -> None:
         """Forget parameters and programs."""
@@ -205,7 +216,7 @@ class PlacedModel:
                 self._checked.add(shapes)
         programs = ProgramSet(bucket, ChunkController(self.options.target, self.options.ladder))
         for job in self._builder.build(programs, row):
-            await self.compile(job)
+            await self.compile(job, new_shape=True)
             self._check_memory(programs)
         if programs.not_donated and not self._warned_of_copies:
             self._warned_of_copies = True
@@ -232,8 +243,10 @@ class PlacedModel:
                 "batch or the tensors smaller, take fewer instances, or raise the limit"
             )
 
-    async def compile(self, job: Callable[[], None], *, count: bool = True) -> None:
+    async def compile(self, job: Callable[[], None], *, count: bool = True, new_shape: bool = False) -> None:
         """Run one compilation in a worker thread, in the model's precision.
+
+        ``new_shape`` says what it is for, should it come after the load.
 
         **Cancellation:** before and after it.  XLA cannot be interrupted, and leaving it running would be work that
         nobody owns.
@@ -246,8 +259,21 @@ class PlacedModel:
         await trio.to_thread.run_sync(in_thread)
         if count:
             self._compiles += 1
-            self._compiles_after_load += self._loaded
+            self._compiles_for_shapes += self._loaded and new_shape
+            self._compiles_after_load += self._loaded and not new_shape
         await trio.lowlevel.checkpoint()
+
+    def warn_of_compile(self, what: str) -> None:
+        """``what`` had to be compiled although its shapes were known."""
+        if self._loaded and not self._warned_of_compile:
+            self._warned_of_compile = True
+            LOGGER.warning(
+                "%s: %s was compiled while a request waited, for no new shape: give ctx.run() the same function object and "
+                "the same types each time (a Python number and a numpy scalar are two types), and let the run on zeros "
+                "come by every function",
+                self.name,
+                what,
+            )
 
     def warn_if_slow(self, programs: ProgramSet) -> None:
         controller = programs.controller
