@@ -19,7 +19,7 @@ from .response_cache import ResponseCache
 from .scheduling import Permit, RateLimiter, Seat, make_scheduler
 
 if TYPE_CHECKING:
-    from .backends import Backend, ModelContext
+    from .backends import Backend, BackendModel, ModelContext
     from .config import InstanceGroup, ModelConfig
     from .request import Array, InferenceRequest, InferenceResponse, Place
 
@@ -48,6 +48,7 @@ class ScheduledModel(Model):
         limiter: RateLimiter | None = None,
         cache: ResponseCache | None = None,
     ) -> None:
+        context = replace(context, waiting=lambda: len(self.scheduler))
         super().__init__(config, context, files=files, cache=cache)
         self.scheduler = make_scheduler(config, initial_states)
         self.instances: list[ModelInstance] = []
@@ -120,7 +121,7 @@ class ScheduledModel(Model):
                 (placement, group, self._register(stack, placement, group)) for placement, group in self._placements()
             ]
             opened = await stack.enter_async_context(self._backend.open_model(self.context))
-            for placement, group, permit in places:
+            for placement, group, permit in self._lanes(stack, opened, places):
                 instance = await stack.enter_async_context(opened.open_instance(placement))
                 if group.passive:
                     continue
@@ -152,6 +153,15 @@ class ScheduledModel(Model):
                     for model_instance in self.instances:
                         if model_instance.batch is not None:
                             model_instance.watch_release(model_instance.batch)
+
+    def _lanes(
+        self, stack: AsyncExitStack, opened: BackendModel, places: list[tuple[Placement, InstanceGroup, Permit | None]]
+    ) -> Iterator[tuple[Placement, InstanceGroup, Permit | None]]:
+        for placement, group, permit in places:
+            lanes = opened.lanes(placement)
+            for lane in range(lanes):
+                place = placement if lanes == 1 else replace(placement, name=f"{placement.name}_{lane}")
+                yield place, group, permit if lane == 0 else self._register(stack, place, group)
 
     def _register(self, stack: AsyncExitStack, placement: Placement, group: InstanceGroup) -> Permit | None:
         if self._limiter is None or group.passive:

@@ -11,6 +11,7 @@ with ``respond`` / ``send`` / ``finish`` / ``fail``, and puts ``await batch.chec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,13 +31,14 @@ class ModelContext:
     version: int
     model_directory: Path  #: holds config.pbtxt and the version directories
     version_directory: Path  #: ``model_directory / str(version)``
+    waiting: Callable[[], int] = lambda: 0  #: requests that no instance has taken yet
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
     """Where an instance runs."""
 
-    name: str  #: ``<group>_<index>``, as Triton names instances
+    name: str  #: ``<group>_<index>``, as Triton names instances; with several lanes ``<group>_<index>_<lane>``
     kind: str  #: as :meth:`Backend.place` left it
     device: int  #: index among the devices of that kind
 
@@ -81,6 +83,13 @@ class BackendInstance(ABC):
 
 class BackendModel(ABC):
     """One loaded version of a model."""
+
+    def lanes(self, placement: Placement) -> int:
+        """How many instances to open there: more than one if a device serves several executions side by side.
+
+        Each takes requests when it is free, and is watched, as any instance.
+        """
+        return 1
 
     @abstractmethod
     def open_instance(self, placement: Placement) -> AbstractAsyncContextManager[BackendInstance]:

@@ -1,4 +1,8 @@
-"""The JAX backend: ``backend: "jax"`` in config.pbtxt, and plain functions in ``<version>/model.py``."""
+"""The JAX backend: ``backend: "jax"`` in config.pbtxt, and plain functions in ``<version>/model.py``.
+
+Or, with the parameter ``model_format: "llama"``, a language model and no code: see
+:class:`~triton_trio.backends.jax.generation.options.TextOptions`.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,6 +22,8 @@ from .apply import execute_apply
 from .checks import check_config
 from .device import DeviceState, DeviceStatistics, DeviceThread, Executor
 from .explicit import FunctionCache, execute_explicit, warm_up
+from .generation.model import LlamaModel, is_language_model, open_language_model
+from .generation.request import complete
 from .loader import Form, ModelFunctions, find_functions, imported
 from .options import JaxOptions
 from .placed import PlacedModel, PlacedStatistics
@@ -24,7 +31,7 @@ from .steps import execute_steps
 
 if TYPE_CHECKING:
     from ...batch import Batch
-    from ...config import InstanceGroup
+    from ...config import InstanceGroup, ModelConfig
 
 #: Seconds a Python thread may keep the GIL while a device thread waits for it; Python's own default is ten times that.
 SWITCH_INTERVAL = 5e-4
@@ -161,6 +168,10 @@ class JaxBackend(Backend):
         """One for each device in use."""
         return self._devices.statistics()
 
+    def auto_complete(self, config: ModelConfig, model_directory: Path) -> ModelConfig:
+        """A language model's tensors are known; those of model.py are what config.pbtxt says."""
+        return complete(config) if is_language_model(config) else config
+
     def place(self, group: InstanceGroup) -> InstanceGroup:
         """On every GPU that JAX has, or else on the CPU; with another platform as default, that stays JAX's choice."""
         platform = jax.default_backend()
@@ -171,12 +182,16 @@ class JaxBackend(Backend):
         return group
 
     @asynccontextmanager
-    async def open_model(self, context: ModelContext) -> AsyncIterator[JaxModel]:
-        """Import model.py and recognise its form; instances do the rest.
+    async def open_model(self, context: ModelContext) -> AsyncIterator[JaxModel | LlamaModel]:
+        """Import model.py and recognise its form, or open a language model's files; instances do the rest.
 
-        **Cancellation:** before and after the import; nothing is left behind.
+        **Cancellation:** before and after that; nothing is left behind.
         """
         config = context.config
+        if is_language_model(config):
+            async with open_language_model(context, find_device=find_device, use=self._devices.use) as language_model:
+                yield language_model
+            return
         check_config(config)
         options = JaxOptions.read(config)
         path = context.version_directory / (config.default_model_filename or "model.py")

@@ -1,0 +1,250 @@
+"""A language model behind the server: each slot is an instance that takes one request when it is free."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractContextManager, asynccontextmanager
+from typing import TYPE_CHECKING
+
+import jax
+import trio
+
+from ....errors import InvalidArgument
+from ....groups import WithoutGroups
+from ...base import BackendInstance, BackendModel, ModelContext
+from ...base import Placement as InstancePlacement
+from ..controller import ChunkController
+from ..device import DeviceThread
+from .engine import EngineStatistics, SlotEngine, SlotPrograms
+from .options import TextOptions
+from .placement import Placement
+from .programs import Compiled, LlamaPrograms, slot_spec
+from .request import TextRequest, answer, check
+from .schedule import Generation, SlotSchedule
+from .text import StopFilter
+from .tokenizer import Tokenizer
+from .weights import Checkpoint, load_params, open_checkpoint
+
+if TYPE_CHECKING:
+    from ....batch import Batch, Member
+    from ....config import ModelConfig
+    from .llama import Params
+
+
+def is_language_model(config: ModelConfig) -> bool:
+    """Whether ``parameters`` say so; raises :exc:`InvalidArgument` for a format that nobody knows."""
+    found = config.parameters.get("model_format")
+    if found not in (None, "llama"):
+        raise InvalidArgument(
+            f"model '{config.name}': parameter model_format in config.pbtxt must be 'llama', or left out for a model "
+            f"in model.py; got '{found}'"
+        )
+    return found is not None
+
+
+class TextInstance(BackendInstance):
+    """One slot."""
+
+    def __init__(self, engine: SlotEngine, slot: int, loaded: LoadedModel) -> None:
+        self._engine = engine
+        self._slot = slot
+        self._loaded = loaded
+
+    def statistics(self) -> EngineStatistics:
+        """Of the model on this device, which all its slots share."""
+        return self._engine.statistics()
+
+    def abandon(self) -> None:
+        self._engine.abandon()
+
+    async def execute(self, batch: Batch) -> None:
+        """Make one text.
+
+        **Cancellation:** see :meth:`SlotEngine.open_generation`.
+        """
+        (member,) = batch.members
+        spec = self._loaded.programs.spec
+        asked = TextRequest.read(member.inputs, spec, self._loaded.tokenizer, member.request.label)
+        batch.compute_infer_at = trio.current_time()
+        generation = None
+        try:
+            async with self._engine.open_generation(self._slot, asked.prompt, asked.settings) as generation:
+                await self._write(batch, member, asked, generation)
+        finally:
+            if generation is not None:
+                batch.device_seconds += generation.device_seconds
+                member.steps_after_cancel += generation.steps_after_leaving
+
+    async def _write(self, batch: Batch, member: Member, asked: TextRequest, generation: Generation) -> None:
+        stream, stops = self._loaded.tokenizer.stream(), StopFilter(asked.stops)
+        ends = self._loaded.programs.spec.end_tokens
+        parts: list[str] = []
+        ids: list[int] = []
+        logs: list[float] = []
+        reason = ""
+        while not reason:
+            for token in await self._engine.tokens(generation):
+                ids.append(token.id)
+                logs.append(token.log_probability)
+                parts.append(stops.add(stream.add(token.id)))
+                if token.last:
+                    parts.append(stops.add(stream.finish()))
+                if stops.stopped or token.last:
+                    reason = "stop" if stops.stopped or token.id in ends else "length"
+                    break
+            batch.compute_output_at = batch.compute_output_at or trio.current_time()
+            if reason:
+                parts.append(stops.finish())
+            if reason or (batch.decoupled and asked.stream):
+                outputs = answer("".join(parts), ids, logs, reason)
+                parts, ids, logs = [], [], []
+                if batch.decoupled:
+                    await batch.send(member, outputs, final=bool(reason))
+                else:
+                    batch.respond(member, outputs)
+
+
+class LoadedModel:
+    """A model on one device: its engine, and which of its slots are instances."""
+
+    def __init__(self, tokenizer: Tokenizer, programs: SlotPrograms) -> None:
+        self.tokenizer = tokenizer
+        self.programs = programs
+        self.engine: SlotEngine | None = None
+        self.instances = 0
+
+
+class LlamaModel(BackendModel):
+    """One loaded version; each device it is placed on has its own parameters, programs and slots.
+
+    Args:
+      find_device: of a placement; blocking.
+      use: the thread of a device, for as long as the block lasts.
+    """
+
+    def __init__(
+        self,
+        context: ModelContext,
+        options: TextOptions,
+        checkpoint: Checkpoint,
+        tokenizer: Tokenizer,
+        *,
+        find_device: Callable[[str, InstancePlacement], jax.Device],
+        use: Callable[[jax.Device], AbstractContextManager[DeviceThread]],
+    ) -> None:
+        self._context = context
+        self._options = options
+        self._checkpoint = checkpoint
+        self._tokenizer = tokenizer
+        self._find_device = find_device
+        self._use = use
+        self._loaded: dict[jax.Device, LoadedModel] = {}
+
+    def lanes(self, placement: InstancePlacement) -> int:
+        return self._options.slots
+
+    def statistics(self) -> tuple[EngineStatistics, ...]:
+        """One for each device that the model is on."""
+        return tuple(loaded.engine.statistics() for loaded in self._loaded.values() if loaded.engine is not None)
+
+    @asynccontextmanager
+    async def open_instance(self, placement: InstancePlacement) -> AsyncIterator[TextInstance]:
+        """The first slot on a device loads the parameters, compiles, and starts the engine; with it all of that ends.
+
+        **Cancellation:** between two tensors while weights are loaded, and between two compilations.
+        """
+        device = await trio.to_thread.run_sync(self._find_device, self._context.config.name, placement)
+        loaded = self._loaded.get(device)
+        if loaded is not None:
+            yield self._instance(loaded, device)
+            return
+        with WithoutGroups(nurseries=1), self._use(device) as thread:
+            loaded = await self._load(device)
+            self._loaded[device] = loaded
+            try:
+                async with trio.open_nursery() as nursery:
+                    engine = loaded.engine = self._engine(loaded, thread)
+                    # Owner: this nursery; ended here, when the slots' instances have ended.
+                    nursery.start_soon(engine.run, name=engine.name)
+                    try:
+                        yield self._instance(loaded, device)
+                    finally:
+                        nursery.cancel_scope.cancel(reason="model unloaded")
+            finally:
+                del self._loaded[device]
+
+    def _instance(self, loaded: LoadedModel, device: jax.Device) -> TextInstance:
+        assert loaded.engine is not None
+        slot, loaded.instances = loaded.instances, loaded.instances + 1
+        if slot >= self._options.slots:
+            raise InvalidArgument(
+                f"model '{self._context.config.name}': its slots on {device} are all of one instance; leave count at 1, "
+                "and let the parameter slots say how many texts are made side by side"
+            )
+        return TextInstance(loaded.engine, slot, loaded)
+
+    def _engine(self, loaded: LoadedModel, thread: DeviceThread) -> SlotEngine:
+        name = self._context.config.name
+        return SlotEngine(
+            f"generation of model '{name}' on {thread.name}",
+            name,
+            thread,
+            loaded.programs,
+            SlotSchedule(loaded.programs.spec, tuple(loaded.programs.prefill)),
+            ChunkController(self._options.target, self._options.ladder),
+            waiting=self._context.waiting,
+        )
+
+    async def _load(self, device: jax.Device) -> LoadedModel:
+        options, checkpoint = self._options, self._checkpoint
+        placement = Placement.on([device])
+        spec = slot_spec(
+            checkpoint.config,
+            placement,
+            slots=options.slots,
+            context=min(options.context, checkpoint.config.context),
+            end_tokens=checkpoint.end_tokens,
+            dtype=options.activations(),
+        )
+
+        def load() -> tuple[LlamaPrograms, Params]:
+            between = trio.from_thread.check_cancelled
+            params = load_params(checkpoint, placement, dtype=spec.dtype, int8=options.int8, between=between)
+            return LlamaPrograms(spec, placement, params), params
+
+        programs, params = await trio.to_thread.run_sync(load)
+        prefill: dict[int, Compiled] = {}
+        for length in sorted({min(length, spec.context) for length in options.prefill}):
+            prefill[length] = await trio.to_thread.run_sync(programs.prefill, length)
+            await trio.lowlevel.checkpoint()
+        decode: dict[int, Compiled] = {}
+        for steps in options.ladder:
+            decode[steps] = await trio.to_thread.run_sync(programs.decode, steps)
+            await trio.lowlevel.checkpoint()
+        return LoadedModel(self._tokenizer, SlotPrograms(programs, params, prefill, decode))
+
+
+@asynccontextmanager
+async def open_language_model(
+    context: ModelContext,
+    *,
+    find_device: Callable[[str, InstancePlacement], jax.Device],
+    use: Callable[[jax.Device], AbstractContextManager[DeviceThread]],
+) -> AsyncIterator[LlamaModel]:
+    """Open the files; instances do the rest.
+
+    Raises:
+      InvalidArgument: config.pbtxt or the files do not suit.
+      NotFound: there are no weights.
+
+    **Cancellation:** before and after the files are opened; nothing is left behind.
+    """
+    check(context.config)
+    options = TextOptions.read(context.config)
+
+    def read() -> tuple[Checkpoint, Tokenizer]:
+        checkpoint = open_checkpoint(options.find_weights(context.version_directory))
+        return checkpoint, checkpoint.tokenizer()
+
+    checkpoint, tokenizer = await trio.to_thread.run_sync(read)
+    yield LlamaModel(context, options, checkpoint, tokenizer, find_device=find_device, use=use)

@@ -1,0 +1,124 @@
+"""What ``parameters`` in config.pbtxt say to a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+import jax.numpy as jnp
+
+from ....errors import InvalidArgument
+from .weights import find_weights
+
+if TYPE_CHECKING:
+    from ....config import ModelConfig
+
+T = TypeVar("T")
+
+_DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "int8": None}
+
+
+@dataclass(frozen=True, slots=True)
+class TextOptions:
+    """One model's settings.
+
+    The parameters of config.pbtxt, beside ``model_format: "llama"``; all optional:
+
+    ``weights``
+        a file or directory, relative to the version's directory, which is the default; or ``package:NAME``: the file inside
+        an installed Python package.
+    ``slots``
+        texts that are made side by side, 4 by default.  Each takes memory for its context as long as the model is loaded.
+    ``context``
+        tokens of one prompt and its text together, by default 1024, or what the model was trained for if that is less.
+    ``prefill_chunk``
+        lengths of the pieces of prompts, ``16,64`` by default.  A cancel waits for at most two; a text that is being made
+        stands still for one.
+    ``ladder``
+        tokens that are made for each text in one program, ``1,2,4,8`` by default.
+    ``target_chunk_ms``
+        device time of such a program, 20 by default: more than one token only where they fit.
+    ``dtype``
+        ``float32`` (default on a CPU), ``bfloat16`` (elsewhere), or ``int8``: matrices as int8.
+    """
+
+    weights: str | None
+    slots: int
+    context: int
+    prefill: tuple[int, ...]
+    ladder: tuple[int, ...]
+    target: float  #: seconds
+    dtype: str | None
+
+    @classmethod
+    def read(cls, config: ModelConfig) -> TextOptions:
+        """Raises :exc:`InvalidArgument` for a parameter that makes no sense."""
+
+        def parameter(name: str, parse: Callable[[str], T], what: str, default: T) -> T:
+            text = config.parameters.get(name)
+            if text is None:
+                return default
+            try:
+                return parse(text)
+            except ValueError:
+                raise InvalidArgument(
+                    f"model '{config.name}': parameter {name} in config.pbtxt must be {what}, got '{text}'"
+                ) from None
+
+        return cls(
+            weights=config.parameters.get("weights"),
+            slots=parameter("slots", _count, "a number of slots, 1 or more", 4),
+            context=parameter("context", _count, "a number of tokens, 1 or more", 1024),
+            prefill=parameter("prefill_chunk", _counts, "numbers of tokens such as '16,64'", (16, 64)),
+            ladder=parameter("ladder", _counts_from_1, "numbers of tokens such as '1,2,4,8', with 1", (1, 2, 4, 8)),
+            target=parameter("target_chunk_ms", _milliseconds, "a positive number of milliseconds", 20e-3),
+            dtype=parameter("dtype", _dtype, f"one of {', '.join(_DTYPES)}", None),
+        )
+
+    @property
+    def int8(self) -> bool:
+        return self.dtype == "int8"
+
+    def find_weights(self, version_directory: Path) -> Path:
+        """Raises :exc:`NotFound` if the package is not installed."""
+        if self.weights is None:
+            return version_directory
+        kind, _, name = self.weights.partition(":")
+        return find_weights(name) if kind == "package" else version_directory / self.weights
+
+    def activations(self) -> object:
+        """The dtype for everything but int8 matrices; None: what suits the device."""
+        return None if self.dtype is None else _DTYPES[self.dtype]
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError
+    return count
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({_count(part) for part in text.split(",")}))
+
+
+def _counts_from_1(text: str) -> tuple[int, ...]:
+    counts = _counts(text)
+    if counts[0] != 1:
+        raise ValueError
+    return counts
+
+
+def _milliseconds(text: str) -> float:
+    seconds = float(text) / 1e3
+    if not 0 < seconds < float("inf"):
+        raise ValueError
+    return seconds
+
+
+def _dtype(text: str) -> str:
+    if text not in _DTYPES:
+        raise ValueError
+    return text

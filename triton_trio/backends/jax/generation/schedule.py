@@ -1,0 +1,300 @@
+"""Who is in which slot, and what the device does next: plain data and synchronous decisions.
+
+A generation comes with its prompt, is fed to the device piece by piece, makes tokens, and leaves: at its end, or earlier,
+when nobody wants its text any more.  Its slot is free for the next one at once; that its owner has to go is told to the
+device with the next program that could still move it.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import trio
+
+from ....errors import InternalError, TritonError
+from .config import SlotSpec
+from .slots import NO_TOKEN, Emitted, PromptChunk
+
+#: Tokens that may wait for a reader before its row stands still.
+UNREAD = 32
+_OWNERS = 2**31 - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """How one text is made; the fields of :class:`PromptChunk` that have the same names."""
+
+    max_tokens: int
+    min_tokens: int = 0
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Token:
+    id: int
+    log_probability: float
+    last: bool  #: the text ends with it
+
+
+class Generation:
+    """One request's text, from its prompt to its last token."""
+
+    def __init__(self, slot: int, owner: int, prompt: np.ndarray, settings: Settings) -> None:
+        self.slot = slot
+        self.owner = owner
+        self.prompt = prompt
+        self.settings = settings
+        self.fed = 0  #: tokens of the prompt that were given to the device
+        self.made = 0  #: tokens that the device was asked for, at most
+        self.busy = 0  #: programs on the device, or in line, that work for it
+        self.arrived = 0  #: tokens that came back
+        self.unread: deque[Token] = deque()
+        self.ended = False  #: on the device; tokens may still be unread
+        self.left = False
+        self.error: TritonError | None = None
+        self.device_seconds = 0.0  #: its share of the programs that worked for it
+        self.steps_after_leaving = 0
+        #: Parks its owner: tokens, an error, or no program any more.
+        self.news = trio.lowlevel.ParkingLot()
+
+    def __repr__(self) -> str:
+        return f"<Generation {self.owner} in slot {self.slot}, {self.fed}/{len(self.prompt)} fed, {self.made} made>"
+
+    @property
+    def prefilling(self) -> bool:
+        return self.fed < len(self.prompt)
+
+    @property
+    def decoding(self) -> bool:
+        """The device could make another token of it that is wanted."""
+        return not self.prefilling and not self.ended and self.error is None and self.made < self.settings.max_tokens
+
+    def held(self, steps: int) -> bool:
+        """So many more tokens, and the reader would be too far behind."""
+        return len(self.unread) + self.made - self.arrived + steps > UNREAD and bool(self.unread)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Program:
+    """What goes to the device next.  ``chunk`` of a prompt, or ``steps`` of ``decode``."""
+
+    rows: tuple[Generation, ...]  #: whom it works for
+    steps: int = 0
+    length: int = 0  #: of the prefill program
+    chunk: PromptChunk | None = None
+    evict: np.ndarray | None = None
+    hold: np.ndarray | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduleStatistics:
+    slots_in_use: int
+    prefilling: int
+    held: int  #: rows that stand still, because their readers are behind
+    generations: int  #: that have begun
+    prompt_tokens: int  #: given to the device
+    tokens: int  #: made, and passed on
+    stale_tokens: int  #: made, and dropped, for their owner had left
+    evictions: int  #: owners that the device was told to put out
+    useful_seconds: float  #: device time for texts while somebody wanted them
+    wasted_seconds: float  #: device time of programs that were under way when their row's owner left
+
+
+class SlotSchedule:
+    """Decides.  Every method is synchronous, and none waits.  Its user sees to it that one thread at a time is in here.
+
+    Args:
+      chunks: lengths of the compiled prefill programs, ascending.
+    """
+
+    def __init__(self, spec: SlotSpec, chunks: Sequence[int]) -> None:
+        self.spec = spec
+        self._chunks = tuple(chunks)
+        self._rows: dict[int, Generation] = {}  # by slot, in order of admission
+        self._evict: dict[int, int] = {}  # slot → owner who is on the device and has to go
+        self._next_owner = 1
+        self._prefilled = False  # by the latest program
+        self._generations = self._prompt_tokens = self._tokens = self._stale = self._evictions = 0
+        self._useful = self._wasted = 0.0
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def statistics(self) -> ScheduleStatistics:
+        rows = self._rows.values()
+        return ScheduleStatistics(
+            slots_in_use=len(rows),
+            prefilling=sum(row.prefilling for row in rows),
+            held=sum(row.decoding and row.held(1) for row in rows),
+            generations=self._generations,
+            prompt_tokens=self._prompt_tokens,
+            tokens=self._tokens,
+            stale_tokens=self._stale,
+            evictions=self._evictions,
+            useful_seconds=self._useful,
+            wasted_seconds=self._wasted,
+        )
+
+    # Coming and going
+
+    def admit(self, slot: int, prompt: np.ndarray, settings: Settings) -> Generation:
+        """Put a text into a free slot.  What it asks for has been checked."""
+        assert slot not in self._rows, f"slot {slot} is taken"
+        taken = {row.owner for row in self._rows.values()} | set(self._evict.values())
+        while self._next_owner in taken:
+            self._next_owner = self._next_owner % _OWNERS + 1
+        generation = self._rows[slot] = Generation(slot, self._next_owner, prompt, settings)
+        self._next_owner = self._next_owner % _OWNERS + 1
+        self._generations += 1
+        return generation
+
+    def leave(self, generation: Generation) -> None:
+        """Nobody wants more of it; the slot is free.  Idempotent."""
+        if generation.left:
+            return
+        generation.left = True
+        self._stale += len(generation.unread)
+        self._tokens -= len(generation.unread)
+        generation.unread.clear()
+        if self._rows.get(generation.slot) is generation:
+            del self._rows[generation.slot]
+        if not generation.prefilling and not generation.ended and generation.error is None:
+            self._evict[generation.slot] = generation.owner
+
+    def lose(self, error: TritonError, *, everybody: bool) -> None:
+        """The state on the device is gone, and with it every text that was there."""
+        self._evict.clear()
+        for row in self._rows.values():
+            if everybody or row.fed:
+                self._fail(row, error)
+
+    def _fail(self, row: Generation, error: TritonError) -> None:
+        row.error = type(error)(*error.args)
+        row.news.unpark_all()
+
+    # What next
+
+    def next_program(self, *, waiting: bool, steps: int) -> Program | None:
+        """None if nobody needs the device.  What is returned counts as dispatched.
+
+        Pieces of prompts, of the oldest first, alternate with tokens for everybody else.
+
+        Args:
+          waiting: requests wait for a slot: then a row that ends must not idle in its slot for the rest of a chunk.
+          steps: how many a chunk may have, otherwise.
+        """
+        prompt = next((row for row in self._rows.values() if row.prefilling and row.error is None), None)
+        steps = 1 if waiting or prompt is not None else steps
+        rows = tuple(row for row in self._rows.values() if row.decoding and not row.held(steps))
+        if prompt is not None and not (rows and self._prefilled):
+            self._prefilled = True
+            return self._prefill(prompt)
+        self._prefilled = False
+        return self._decode(rows, steps) if rows else None
+
+    def has_work(self) -> bool:
+        """Whether :meth:`next_program` would find something.  The answer may be late, and does no harm then."""
+        return any(
+            row.error is None and (row.prefilling or (row.decoding and not row.held(1))) for row in self._rows.values()
+        )
+
+    def most_steps(self) -> int:
+        """Tokens that somebody can still use."""
+        return max((row.settings.max_tokens - row.made for row in self._rows.values() if row.decoding), default=1)
+
+    def _prefill(self, row: Generation) -> Program:
+        # How it is cut depends on the prompt alone: another cut would round differently.
+        left = len(row.prompt) - row.fed
+        length = next((length for length in self._chunks if length >= left), self._chunks[-1])
+        count = min(left, length)
+        settings = row.settings
+        chunk = PromptChunk(
+            slot=row.slot,
+            tokens=row.prompt[row.fed : row.fed + count],
+            start=row.fed,
+            owner=row.owner if count == left else 0,
+            max_tokens=settings.max_tokens,
+            min_tokens=settings.min_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=settings.seed,
+        )
+        if not row.fed:
+            # The first piece puts the slot's old owner out.
+            self._evictions += self._evict.pop(row.slot, None) is not None
+        row.fed += count
+        row.busy += 1
+        if count == left:
+            row.made = 1
+        self._prompt_tokens += count
+        return Program((row,), length=length, chunk=chunk)
+
+    def _decode(self, rows: tuple[Generation, ...], steps: int) -> Program:
+        evict = np.zeros(self.spec.slots, np.int32)
+        for slot, owner in self._evict.items():
+            evict[slot] = owner
+        self._evictions += len(self._evict)
+        self._evict.clear()
+        hold = np.ones(self.spec.slots, np.bool_)
+        for row in rows:
+            hold[row.slot] = False
+            row.made = min(row.made + steps, row.settings.max_tokens)
+            row.busy += 1
+        return Program(rows, steps=steps, evict=evict, hold=hold)
+
+    # What came of it
+
+    def receive(self, program: Program, emitted: Emitted, seconds: float) -> None:
+        """A program has ended.  ``emitted`` is on the host."""
+        share = seconds / len(program.rows)
+        for row in program.rows:
+            row.busy -= 1
+            row.device_seconds += share
+            if row.left:
+                row.steps_after_leaving += max(program.steps, 1)
+                self._wasted += share
+            else:
+                self._useful += share
+            tokens = list(_tokens(emitted, row))
+            if row.left or row.error is not None:
+                self._stale += len(tokens)
+            else:
+                self._take(row, tokens)
+            row.news.unpark_all()
+
+    def dropped(self, programs: Iterable[Program]) -> None:
+        """These never ran to an end that anybody could read, and the device is idle."""
+        for program in programs:
+            for row in program.rows:
+                row.busy -= 1
+                row.news.unpark_all()
+
+    def _take(self, row: Generation, tokens: list[Token]) -> None:
+        row.arrived += len(tokens)
+        for token in tokens:
+            if token.log_probability != token.log_probability:
+                self._evict[row.slot] = row.owner
+                self._fail(
+                    row, InternalError("the model computed NaN for this text; its weights or dtype do not suit it")
+                )
+                return
+            row.unread.append(token)
+            self._tokens += 1
+            row.ended |= token.last
+
+
+def _tokens(emitted: Emitted, row: Generation) -> Iterator[Token]:
+    slot = row.slot
+    if emitted.owner[slot] != row.owner:
+        return
+    for step in range(len(emitted.tokens)):
+        token = int(emitted.tokens[step, slot])
+        if token != NO_TOKEN:
+            yield Token(token, float(emitted.log_probabilities[step, slot]), bool(emitted.ended[step, slot]))
