@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from typing import TYPE_CHECKING
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any
 
 import trio
 
@@ -25,6 +26,17 @@ from ..backends.jax.device import Executor
 
 if TYPE_CHECKING:
     from ..backends.jax.device import Turn
+    from ..backends.jax.job import DeviceJob
+
+
+class _Passed:
+    """Mail that says that time has passed; to a device thread that does not wait for it, mail of a job without turns."""
+
+    draining = False
+    turns = ()
+
+
+_PASSED: Any = _Passed()
 
 
 class DeviceGate(Executor):
@@ -35,6 +47,9 @@ class DeviceGate(Executor):
         self.ended = 0  #: of these, how many the device thread has waited for
         #: Steps of each dispatched program, in order; 0 for one that makes none.
         self.steps: list[int] = []
+        #: Seconds for which each dispatch of a late job was put off, in order.
+        self.held: list[float] = []
+        self._holding: SimpleQueue[DeviceJob | None] | None = None
         self._permits = threading.Semaphore(0)
         self._opened = False
         self._failures: deque[tuple[int, str]] = deque()
@@ -59,6 +74,17 @@ class DeviceGate(Executor):
             await self._changed.park()
         await trio.lowlevel.checkpoint()
 
+    async def wait_held(self, count: int) -> None:
+        """Wait until dispatches have been put off ``count`` times.  **Cancellation:** only the wait ends."""
+        while len(self.held) < count:
+            await self._changed.park()
+        await trio.lowlevel.checkpoint()
+
+    def let_pass(self) -> None:
+        """The time for which the latest dispatch is put off has passed."""
+        if self._holding is not None:
+            self._holding.put(_PASSED)
+
     def let_end(self, count: int = 1) -> None:
         """The next ``count`` programs may end; they may be dispatched later."""
         for _ in range(count):
@@ -68,6 +94,7 @@ class DeviceGate(Executor):
         """From now on programs end by themselves."""
         self._opened = True
         self._permits.release()
+        self.let_pass()
 
     def fail(self, program: int, message: str) -> None:
         """The ``program``-th program that is dispatched (from 1) will raise ``message`` when it ends."""
@@ -98,6 +125,19 @@ class DeviceGate(Executor):
 
     def ready(self, turn: Turn) -> bool:
         return self._opened and turn.ready()
+
+    def hold(self, mail: SimpleQueue[DeviceJob | None], seconds: float) -> DeviceJob | None:
+        self._holding = mail  # before the look at _opened, which open() sets before it looks here
+        try:
+            if not self._opened:
+                self.held.append(seconds)
+                self._tell()
+            job = mail.get(timeout=seconds if self._opened else None)
+        finally:
+            self._holding = None
+        if job is _PASSED:
+            raise Empty
+        return job
 
     def _tell(self) -> None:
         try:

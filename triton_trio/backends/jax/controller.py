@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
+from dataclasses import dataclass
 from statistics import median
 
 
@@ -14,6 +15,35 @@ def program_seconds(done: float, dispatched: float, previous_done: float) -> flo
     chunks would shrink, dispatch would be late more often, and the estimate would run away.
     """
     return max(0.0, done - max(previous_done, dispatched))
+
+
+@dataclass(frozen=True, slots=True)
+class LateEnqueue:
+    """When to queue a program behind the one that runs: so late that the device just does not run dry.
+
+    What is queued cannot be taken back, what is not yet queued can.  So a program that is queued ``margin`` before the
+    running one's predicted end is one that a cancel until then keeps off the device.  The margin is how late the host
+    may be: raised by half when it was not enough, lowered by a hundredth when it was, it stays near what this host needs.
+    Where that is more than a program takes, the next one is queued at once, as if there were no margin.
+    """
+
+    margin: float = 1e-3  #: seconds
+
+    LATE = 1.5
+    LATE_MORE = 50e-6
+    IN_TIME = 0.99
+
+    def hold(self, now: float, started: float, expected: float | None) -> float:
+        """Seconds to wait before the next program is queued, with one running since ``started``.
+
+        ``expected`` is how long that one will take at least: too low queues early, which costs a cancel; too high lets
+        the device run dry, which costs everybody.  None: nobody knows, so do not wait.
+        """
+        return 0.0 if expected is None else max(0.0, started + expected - self.margin - now)
+
+    def queued(self, *, late: bool) -> LateEnqueue:
+        """After a program was queued; ``late``: the one before it had ended by then."""
+        return LateEnqueue(self.margin * self.LATE + self.LATE_MORE if late else self.margin * self.IN_TIME)
 
 
 class ChunkController:
@@ -50,6 +80,10 @@ class ChunkController:
         if left is None or self.k <= left:
             return self.k
         return max((k for k in self.ladder if k <= left), default=self.ladder[0])
+
+    def expect(self, steps: int) -> float | None:
+        """The least that a chunk of ``steps`` takes, by the latest 16: whatever disturbs a chunk makes it longer."""
+        return steps * min(self._latest) if self._latest else None
 
     def observe(self, steps: int, seconds: float) -> None:
         """A chunk of ``steps`` occupied the device for ``seconds``."""

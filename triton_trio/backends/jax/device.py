@@ -3,6 +3,8 @@
 No API interrupts a running device program, and JAX by itself lets the host run 32 programs ahead.  So a device is
 used in short programs, *turns*, of which at most :data:`WINDOW` are on the device at a time: one runs, one is queued
 behind it to hide the host's part.  A turn is also the quantum of fairness: jobs (executions) take turns in rotation.
+The turn of a *late* job is queued only when the running one is about to end (:class:`LateEnqueue`): a cancel then waits
+for one program, not for two.
 
 Trio tasks never touch the device.  A task opens a :class:`~triton_trio.backends.jax.job.DeviceJob`, submits turns and awaits
 them; the thread answers with one ``TrioToken.run_sync_soon`` a turn.
@@ -25,12 +27,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING
 
 import trio
 
-from .controller import program_seconds
+from .controller import LateEnqueue, program_seconds
 
 if TYPE_CHECKING:
     from .job import DeviceJob
@@ -61,6 +63,7 @@ class DeviceStatistics:
     last_cancel_seconds: float  #: from the latest cancel to the device being idle for it
     max_cancel_seconds: float
     device_seconds: float
+    margin_ms: float  #: how long before the running program's predicted end a late job's next one is queued
     dropped: int  #: completions that came when nobody could take them any more
 
 
@@ -75,6 +78,10 @@ class Executor:
 
     def ready(self, turn: Turn) -> bool:
         return turn.ready()
+
+    def hold(self, mail: SimpleQueue[DeviceJob | None], seconds: float) -> DeviceJob | None:
+        """The next mail, which a cancel sends too; raises :exc:`queue.Empty` when ``seconds`` have passed without."""
+        return mail.get(timeout=seconds)
 
 
 class Turn(ABC):
@@ -100,6 +107,10 @@ class Turn(ABC):
     @abstractmethod
     def ready(self) -> bool:
         """Whether :meth:`wait` would not block."""
+
+    def expect(self) -> float | None:
+        """How many seconds the program takes at least; None if nobody knows."""
+        return None
 
     def done(self, seconds: float) -> None:  # noqa: B027  (most turns have nothing to do)
         """Called after :meth:`wait` with the program's device time."""
@@ -143,6 +154,7 @@ class DeviceThread:
         self._ready: deque[DeviceJob] = deque()
         self._closing = False
         self._last_done = 0.0
+        self._late = LateEnqueue()
         self._chunks = self._steps = self._row_steps = self._bubbles = self._failures = self._undeliverable = 0
         self._device_seconds = 0.0
         # Owner: whoever made this object; ended by close().  A daemon, so that a device that hangs cannot keep the
@@ -190,6 +202,7 @@ class DeviceThread:
             last_cancel_seconds=self._last_cancel,
             max_cancel_seconds=self._max_cancel,
             device_seconds=self._device_seconds,
+            margin_ms=self._late.margin * 1e3,
             dropped=self.dropped + self._undeliverable,
         )
 
@@ -220,21 +233,43 @@ class DeviceThread:
 
     def _read_mail(self, *, block: bool) -> None:
         while block or not self.mail.empty():
-            job = self.mail.get()
+            self._open_mail(self.mail.get())
             block = False
-            if job is None:
-                self._closing = True
-            elif job.draining:
-                self._post_if_drained(job)
-            elif job.turns and not job.in_rotation:
-                job.in_rotation = True
-                self._ready.append(job)
 
-    def _fill(self) -> None:
+    def _open_mail(self, job: DeviceJob | None) -> None:
+        if job is None:
+            self._closing = True
+        elif job.draining:
+            self._post_if_drained(job)
+        elif job.turns and not job.in_rotation:
+            job.in_rotation = True
+            self._ready.append(job)
+
+    def _fill(self, *, hold: bool = True) -> None:
+        """Dispatch what there is room for; with ``hold``, wait until it is time for it."""
+        held = False
         while self._ready and len(self._in_flight) < WINDOW:
-            self._dispatch(self._ready.popleft())
+            seconds = self._hold_seconds()
+            if seconds > 0:
+                if not hold:
+                    return
+                held = True
+                try:
+                    self._open_mail(self._executor.hold(self.mail, seconds))
+                    continue  # if it was a cancel, there is no turn to wait for any more
+                except Empty:
+                    pass
+            self._dispatch(self._ready.popleft(), held=held)
+            held = False
 
-    def _dispatch(self, job: DeviceJob) -> None:
+    def _hold_seconds(self) -> float:
+        job = self._ready[0]
+        if not (job.late and job.turns and self._in_flight):
+            return 0.0
+        _, running, dispatched_at = self._in_flight[0]
+        return self._late.hold(self.clock(), max(self._last_done, dispatched_at), running.expect())
+
+    def _dispatch(self, job: DeviceJob, *, held: bool) -> None:
         job.in_rotation = False
         turn = job.take_turn()
         if turn is None:
@@ -250,6 +285,9 @@ class DeviceThread:
             dispatched = False
         if dispatched:
             self._bubbles += follows
+            if job.late and self._in_flight:
+                # Late without having waited says nothing of the margin: the program was too short for any.
+                self._late = self._late.queued(late=held and self._in_flight_is_done())
             job.started = True
             self._in_flight.append((job, turn, self.clock()))
             if not turn.reply_when_done:
@@ -284,9 +322,10 @@ class DeviceThread:
         job.steps += turn.steps
         if turn.last:
             job.drop_turns()
-        # The next program goes out before anybody hears of this one: the device must not wait for Trio.
+        # The next program goes out before anybody hears of this one: the device must not wait for Trio.  Nor must Trio
+        # wait for a program whose time has not come.
         self._read_mail(block=False)
-        self._fill()
+        self._fill(hold=False)
         if turn.reply_when_done:
             self._complete(job, turn)
         self._post_if_drained(job)

@@ -22,14 +22,17 @@ if TYPE_CHECKING:
 class DeviceJob:
     """One execution's use of a device: ``async with DeviceJob(device, name) as job``.  Used by one task.
 
+    With ``late``, a turn is put onto the device only when the one before it is about to end.
+
     **Cancellation:** :meth:`next` and :meth:`call` are where it is cancelled.  There, and when the block is left for
     another reason, the exception passes on when the device is idle for this job.  Only :meth:`DeviceThread.abandon` ends
     that wait earlier, with an error.
     """
 
-    def __init__(self, device: DeviceThread, name: str) -> None:
+    def __init__(self, device: DeviceThread, name: str, *, late: bool = False) -> None:
         self.device = device
         self.name = name
+        self.late = late
         # Of both threads.  The lock is held for a few instructions, never during a dispatch.  It makes "not marked, so
         # one more is on the device" and "marked; is any on the device?" one after the other.
         self._lock = threading.Lock()

@@ -38,7 +38,8 @@ class BucketStatistics:
 
     bucket: int
     k: int  #: steps the next chunk will have
-    step_ms: float | None  #: device time of one step; None until measured
+    step_ms: float | None  #: device time of one step, averaged; None until measured
+    target_ms: float  #: what a chunk should take
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class PlacedModel:
                     found.bucket,
                     found.controller.k,
                     None if found.controller.step_seconds is None else found.controller.step_seconds * 1e3,
+                    found.controller.target * 1e3,
                 )
                 for found in self._sets.values()
             ),

@@ -21,6 +21,7 @@ from .turns import Slot, stack_inputs, start_copy, to_host, to_response
 if TYPE_CHECKING:
     from ...batch import Batch
     from ...request import Array
+    from .controller import ChunkController
     from .placed import PlacedModel
     from .programs import ProgramSet
 
@@ -147,7 +148,7 @@ class StepTurn(Turn):
         self._plan: StepPlan | None = plan
         self.slots: list[Slot] = []
         self.rows: list[slice] = []  #: of each slot, in this program; the slot may have moved when the turn is complete
-        self.controller: Any = None
+        self.controller: ChunkController | None = None
         #: On the device, until wait() has brought them to the host:
         self.ended: Any = None
         self.emitted: Any = None
@@ -198,6 +199,9 @@ class StepTurn(Turn):
             return all(leaf.is_ready() for leaf in self.finished.values())
         return self.ended is None or bool(self.ended.is_ready())
 
+    def expect(self) -> float | None:
+        return None if self.controller is None else self.controller.expect(self.steps)
+
     def done(self, seconds: float) -> None:
         if self.controller is not None and self.steps:
             self.controller.observe(self.steps, seconds)
@@ -211,7 +215,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
     """
     programs = await placed.program_set(batch)
     plan = StepPlan(placed, programs, batch)
-    job = DeviceJob(placed.device, placed.name)
+    job = DeviceJob(placed.device, placed.name, late=placed.options.late_enqueue)
     batch.compute_infer_at = trio.current_time()
     try:
         async with job:
