@@ -58,7 +58,7 @@ async def test_batches_of_every_size_and_length_compile_nothing(tmp_path: Path) 
     context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=4, ladder="1,2,4")
     with backend_compiles() as compiles:
         async with open_world(context) as world:
-            assert len(compiles) >= world.placed.compiles > 0  # the listener hears
+            assert compiles  # the listener hears
             compiles.clear()
             for rows in range(1, 5):
                 async with world.running([countdown(3 * row, seed=row) for row in range(rows)]) as run:

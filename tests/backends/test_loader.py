@@ -19,6 +19,7 @@ from triton_trio.backends.jax.checks import callback_problem
 from triton_trio.backends.jax.options import default_buckets
 from triton_trio.backends.jax.placed import PlacedModel
 from triton_trio.errors import InvalidArgument
+from triton_trio.testing.device import DeviceGate
 
 from .world import (
     COUNTDOWN,
@@ -327,6 +328,35 @@ def test_a_callback_is_found_wherever_it_hides(hidden: str) -> None:
     assert "(pure_callback)" in found(call)
     assert "return what you need in the carry or the outputs" in found(call)
     assert found(lambda x: x) == ""
+
+
+async def test_a_step_that_is_longer_than_the_target_is_told_before_the_first_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, buckets=8, ladder="2,4", target_chunk_ms=1e-6)
+    gate = DeviceGate()  # stays shut: what the load measures needs no permission
+    async with open_world(context, gate=gate) as world:
+        (record,) = caplog.records
+        step_ms = world.placed.step_ms_at_load
+        assert step_ms is not None
+        assert record.getMessage() == (
+            f"model 'm': 2 calls of step() take {2 * step_ms:.1f} ms, more than target_chunk_ms=1e-06: the cancel latency of "
+            f"this model is up to {4 * step_ms:.1f} ms (one chunk running, one queued); do less in a step, or raise the target"
+        )
+        assert (world.placed.executions, world.placed.device_seconds, gate.dispatched) == (0, 0.0, 0)
+        assert (world.device.chunks, world.device.cancels, world.device.jobs) == (0, 0, 0)
+
+
+async def test_a_model_that_cannot_take_zeros_is_not_measured_if_it_says_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    context = write_model(
+        tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, buckets=8, ladder=1, target_chunk_ms=1e-6, warmup="false"
+    )
+    async with open_world(context) as world:
+        assert world.placed.step_ms_at_load is None
+        assert world.device.device_seconds == 0
+    assert not caplog.records
 
 
 async def test_instances_on_one_device_share_its_thread_and_programs(tmp_path: Path) -> None:

@@ -41,7 +41,8 @@ class JaxOptions:
     ``shapes``
         for models with variable dims: for how many different shapes compiled programs are kept, 16 by default.
     ``warmup``
-        ``false``: do not run an explicit model once on zeros when it is loaded.
+        ``false``: do not run the model on zeros when it is loaded: an explicit model once, to compile its programs, and
+        a step model's first chunks, to measure them.
     ``device_memory_limit_mb``
         MiB on a device that the parameters and one batch for each instance there may take.  A bucket whose programs, by
         XLA's account, need more is refused when it is compiled: at load, or with variable dims at the request.  No

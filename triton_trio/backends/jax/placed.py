@@ -14,11 +14,12 @@ import jax
 import numpy as np
 import trio
 
-from ...errors import InvalidArgument
+from ...errors import InternalError, InvalidArgument
 from .checks import FunctionChecker, aval
 from .controller import ChunkController
 from .loader import Form, LoadContext
 from .memory import MIB, tree_bytes
+from .probe import measure_step
 from .programs import ProgramBuilder, ProgramSet, RowShapes, precision, row_avals, static_shapes
 from .turns import row_shapes
 
@@ -54,6 +55,7 @@ class PlacedStatistics:
     executions: int
     cancels: int  #: executions that were cancelled
     device_seconds: float
+    step_ms_at_load: float | None  #: of the largest batch; None for other forms, variable dims, or ``warmup`` false
     buckets: tuple[BucketStatistics, ...]
 
 
@@ -84,6 +86,7 @@ class PlacedModel:
         self._compiling = trio.Lock()
         self._loaded = False
         self._warned_of_compile = False
+        self._step_at_load: float | None = None
         self._warned = self._warned_of_copies = False
         self._compiles = self._compiles_after_load = self._compiles_for_shapes = 0
         self._executions = self._cancels = 0
@@ -99,6 +102,7 @@ class PlacedModel:
             executions=self._executions,
             cancels=self._cancels,
             device_seconds=self._device_seconds,
+            step_ms_at_load=None if self._step_at_load is None else self._step_at_load * 1e3,
             buckets=tuple(
                 BucketStatistics(
                     found.bucket,
@@ -138,7 +142,21 @@ class PlacedModel:
         shapes = static_shapes(self.config.inputs)
         if self.functions.form is not Form.EXPLICIT and shapes is not None:
             for bucket in self.options.buckets:
-                await self._program_set(bucket, shapes)
+                programs = await self._program_set(bucket, shapes)
+            if self.functions.form is Form.STEPS and self.options.warmup:
+                await self._measure_step(programs, shapes)
+
+    async def _measure_step(self, programs: ProgramSet, shapes: RowShapes) -> None:
+        try:
+            self._step_at_load = await measure_step(self, programs, shapes)
+        except InternalError as exc:
+            raise InvalidArgument(
+                f"{exc.message}; that was on zeros, at load: if zeros are no valid input, set the parameter warmup to "
+                "'false' in config.pbtxt"
+            ) from None
+        smallest = programs.controller.ladder[0]
+        if smallest * self._step_at_load > self.options.target:
+            self._warn_slow(smallest, self._step_at_load)
 
     def _load_params(self) -> Any:
         load = self.functions.load
@@ -280,15 +298,18 @@ class PlacedModel:
     def warn_if_slow(self, programs: ProgramSet) -> None:
         controller = programs.controller
         if not self._warned and controller.too_slow and controller.step_seconds is not None:
-            self._warned = True
-            chunk = controller.ladder[0] * controller.step_seconds * 1e3
-            LOGGER.warning(
-                "%s: %s of step() %s %.1f ms, more than target_chunk_ms=%g: the cancel latency of this model is up to "
-                "%.1f ms (one chunk running, one queued); do less in a step, or raise the target",
-                self.name,
-                "one call" if controller.ladder[0] == 1 else f"{controller.ladder[0]} calls",
-                "takes" if controller.ladder[0] == 1 else "take",
-                chunk,
-                self.options.target * 1e3,
-                2 * chunk,
-            )
+            self._warn_slow(controller.ladder[0], controller.step_seconds)
+
+    def _warn_slow(self, smallest: int, step_seconds: float) -> None:
+        self._warned = True
+        chunk = smallest * step_seconds * 1e3
+        LOGGER.warning(
+            "%s: %s of step() %s %.1f ms, more than target_chunk_ms=%g: the cancel latency of this model is up to "
+            "%.1f ms (one chunk running, one queued); do less in a step, or raise the target",
+            self.name,
+            "one call" if smallest == 1 else f"{smallest} calls",
+            "takes" if smallest == 1 else "take",
+            chunk,
+            self.options.target * 1e3,
+            2 * chunk,
+        )

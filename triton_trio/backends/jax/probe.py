@@ -1,0 +1,71 @@
+"""A step model's first chunks, on zeros, at load: how long a step takes is known before the first request waits for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ...tensor import DTYPES
+from .device import Turn
+from .job import DeviceJob
+from .programs import RowShapes, precision
+
+if TYPE_CHECKING:
+    from .placed import PlacedModel
+    from .programs import ProgramSet
+
+#: Chunks that are timed.  The quickest counts: a machine can be too busy, but not too quick.
+CHUNKS = 4
+#: Seconds of chunks after which the last one is believed.
+ENOUGH = 1.0
+
+
+class Probe(Turn):
+    """One chunk of the smallest size, the first one with ``init`` before it."""
+
+    def __init__(self, placed: PlacedModel, programs: ProgramSet, inputs: dict[str, Any], state: Any) -> None:
+        self._placed = placed
+        self._programs = programs
+        self._inputs = inputs
+        self.state = state  #: carry and flags; None before the first chunk
+
+    def dispatch(self) -> bool:
+        programs, params = self._programs, self._placed.params
+        state, self.state = self.state, None
+        with precision(self._placed.options.x64):
+            if state is None:
+                assert programs.init is not None
+                state = programs.init(params, self._inputs)
+            # Rows that are done and rows that are not take the same time.
+            keep = np.ones(programs.bucket, bool)
+            carry, flags, _ = programs.chunks[programs.controller.ladder[0]](params, *state, keep)
+        self.state = carry, flags
+        return True
+
+    def wait(self) -> None:
+        self.state[1][0].block_until_ready()
+
+    def ready(self) -> bool:
+        return bool(self.state[1][0].is_ready())
+
+
+async def measure_step(placed: PlacedModel, programs: ProgramSet, shapes: RowShapes) -> float:
+    """Device seconds of one step of a full batch.
+
+    Raises:
+      InternalError: the program failed on zeros; the text says how.
+
+    **Cancellation:** between chunks, when the device is idle for this.
+    """
+    dtypes = {spec.name: DTYPES[spec.datatype] for spec in placed.config.inputs}
+    inputs = {name: np.zeros((programs.bucket, *dims), dtypes[name]) for name, dims in shapes}
+    taken: list[float] = []
+    state: Any = None
+    while len(taken) < CHUNKS and sum(taken) < ENOUGH:
+        probe = Probe(placed, programs, inputs, state)
+        async with DeviceJob(placed.device, placed.name) as job:
+            await job.call(probe)
+        state, probe.state = probe.state, None
+        taken.append(probe.seconds)
+    return min(taken) / programs.controller.ladder[0]
