@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from triton_trio.backends import Placement
 from triton_trio.backends.jax import JaxBackend
+from triton_trio.backends.jax import placed as placed_module
 from triton_trio.backends.jax import programs as programs_module
 from triton_trio.backends.jax.memory import ProgramMemory, donation_problem, tree_bytes
 from triton_trio.errors import InvalidArgument
@@ -127,3 +129,107 @@ async def test_a_limit_that_makes_no_sense(tmp_path: Path, value: str) -> None:
     ):
         async with open_world(context):
             pass
+
+
+# Running out of it
+
+#: A carry of the row's length, and on the way from one to the next the fourth power of that.
+POWERS = """
+import jax.numpy as jnp
+
+def init(params, inputs):
+    return {"x": inputs["X"], "n": 0}
+
+def step(params, carry):
+    x = carry["x"]
+    many = x[:, None, None, None] + x[:, None, None] * x[:, None] - x
+    return {"x": x + jnp.sort(many.ravel())[0], "n": carry["n"] + 1}
+
+def done(carry):
+    return carry["n"] >= 3
+
+def finish(params, carry):
+    return {"Y": carry["x"]}
+"""
+POWERS_CONFIG = """
+input [{ name: "X" data_type: TYPE_FP32 dims: [-1] }]
+output [{ name: "Y" data_type: TYPE_FP32 dims: [-1] }]
+"""
+
+
+async def test_a_batch_that_runs_out_of_memory_fails_alone_and_leaves_nothing(tmp_path: Path) -> None:
+    context = write_model(tmp_path, POWERS, POWERS_CONFIG, max_batch_size=2, buckets=2, ladder=1)
+    ones, too_many = (np.ones((1, size), np.float32) for size in (2, 2048))  # the latter: 2 * 64 TiB
+    async with open_world(context) as world:
+        expected = (await world.execute({"X": ones}))[0][0]["Y"].tobytes()
+        gc.collect()
+        arrays = len(jax.live_arrays())
+        for _ in range(2):
+            async with world.running([{"X": too_many}, {"X": too_many}]) as run:
+                pass
+            assert run.responses == [[], []]
+            assert {str(error) for error in run.errors.values()} == {str(run.error)}
+            assert str(run.error).startswith(
+                "model 'm' ran out of memory on device cpu:0: JaxRuntimeError: RESOURCE_EXHAUSTED"
+            )
+            assert "device_memory_limit_mb" in str(run.error)
+            # A new carry is made from the next batch's inputs.
+            assert (await world.execute({"X": ones}))[0][0]["Y"].tobytes() == expected
+        assert world.device.jobs == 0
+        del run
+        gc.collect()
+        assert len(jax.live_arrays()) == arrays
+
+
+async def test_an_explicit_member_that_runs_out_of_memory_is_the_only_one(tmp_path: Path) -> None:
+    code = """
+        import jax.numpy as jnp
+
+        def small(x):
+            return x + 1
+
+        def large(x):
+            return jnp.sort(jnp.arange(1 << 42, dtype=jnp.float32) * x[0, 0])[:3][None]
+
+        async def run(ctx, params, inputs):
+            x = await ctx.run(large if inputs["X"][0, 0] == 13 else small, inputs["X"])
+            await ctx.checkpoint(x)
+            return {"Y": await ctx.fetch(small, x)}
+    """
+    config = ROWS_CONFIG.replace("262144", "3")
+    async with open_world(write_model(tmp_path, code, config)) as world:
+        async with world.running([{"X": np.full((1, 3), number, np.float32)} for number in (1, 13, 2)]) as run:
+            pass
+        assert [len(responses) for responses in run.responses] == [1, 0, 1]
+        assert list(run.errors) == [1]
+        assert "model 'm' ran out of memory on device cpu:0" in str(run.errors[1])
+
+
+async def test_a_step_that_cannot_fit_is_found_when_it_is_measured(tmp_path: Path) -> None:
+    config = POWERS_CONFIG.replace("-1", "2048")
+    backend = JaxBackend()
+    with pytest.raises(InvalidArgument) as caught:
+        async with open_world(write_model(tmp_path, POWERS, config, max_batch_size=1, ladder=1), backend=backend):
+            pass
+    assert caught.value.message.startswith(
+        "model 'm' ran out of memory on device cpu:0: JaxRuntimeError: RESOURCE_EXHAUSTED"
+    )
+    assert caught.value.message.endswith("set the parameter warmup to 'false' in config.pbtxt")
+    assert backend.statistics() == ()
+
+
+async def test_parameters_that_do_not_fit_are_told_with_their_size(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_room(params: object, device: jax.Device) -> object:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4194304 bytes.")
+
+    monkeypatch.setattr(placed_module.jax, "device_put", no_room)
+    code = ROWS + "\ndef load(context):\n    return jnp.zeros((4, 262144))\n"
+    with pytest.raises(InvalidArgument) as caught:
+        async with open_world(write_model(tmp_path, code, ROWS_CONFIG)):
+            pass
+    assert (
+        "load() returned 4.0 MiB of parameters, and they do not fit: model 'm' ran out of memory"
+        in caught.value.message
+    )

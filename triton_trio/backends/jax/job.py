@@ -12,6 +12,7 @@ import trio
 
 from ...errors import InternalError, Unavailable
 from .device import DeviceState
+from .memory import failure_text
 
 if TYPE_CHECKING:
     from types import TracebackType
@@ -130,7 +131,7 @@ class DeviceJob:
 
     def _raise_failure(self, turn: Turn) -> None:
         if turn.failure:
-            raise InternalError(f"{self.name} failed on device {self.device.name}: {turn.failure}")
+            raise InternalError(failure_text(self.name, self.device.name, turn.failure))
 
     def _check(self) -> None:
         if self._abandoned:

@@ -66,3 +66,19 @@ def donation_problem(memory: ProgramMemory | None, before: Any, after: Any) -> s
                 f"{text}: {where} goes in as {old.dtype}{list(old.shape)} and comes out as {new.dtype}{list(new.shape)}"
             )
     return text
+
+
+def failure_text(what: str, device: str, failure: str) -> str:
+    """What the client is told of a program that failed.
+
+    Args:
+      what: whose program it is.
+      failure: the text of what JAX raised.
+    """
+    # A program that was queued behind the one that ran out says INTERNAL and the same words.
+    if "RESOURCE_EXHAUSTED" not in failure and "out of memory" not in failure.lower():
+        return f"{what} failed on device {device}: {failure}"
+    return (
+        f"{what} ran out of memory on device {device}: {failure}; send smaller batches or tensors, or set "
+        "device_memory_limit_mb in config.pbtxt so that what cannot fit is refused before it runs"
+    )

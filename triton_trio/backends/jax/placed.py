@@ -18,7 +18,7 @@ from ...errors import InternalError, InvalidArgument
 from .checks import FunctionChecker, aval
 from .controller import ChunkController
 from .loader import Form, LoadContext
-from .memory import MIB, tree_bytes
+from .memory import MIB, failure_text, tree_bytes
 from .probe import measure_step
 from .programs import ProgramBuilder, ProgramSet, RowShapes, precision, row_avals, static_shapes
 from .turns import row_shapes
@@ -178,8 +178,14 @@ class PlacedModel:
                     )
             # An array of Python's number: a weak type would make it another program's argument.
             params = jax.tree.map(lambda leaf: leaf if isinstance(leaf, jax.Array) else np.asarray(leaf), params)
-            params = jax.device_put(params, self.jax_device)
-            return jax.tree.map(lambda leaf: leaf.block_until_ready(), params)
+            try:
+                params = jax.device_put(params, self.jax_device)
+                return jax.tree.map(lambda leaf: leaf.block_until_ready(), params)
+            except jax.errors.JaxRuntimeError as exc:
+                raise InvalidArgument(
+                    f"{where} returned {tree_bytes(params) / MIB:.1f} MiB of parameters, and they do not fit: "
+                    + failure_text(self.name, self.device.name, str(exc))
+                ) from None
 
     def loaded(self) -> None:
         """Compilations from here on keep requests waiting; see :class:`PlacedStatistics`."""
