@@ -75,9 +75,10 @@ class Generation:
         """The device could make another token of it that is wanted."""
         return not self.prefilling and not self.ended and self.error is None and self.made < self.settings.max_tokens
 
-    def held(self, steps: int) -> bool:
-        """So many more tokens, and the reader would be too far behind."""
-        return len(self.unread) + self.made - self.arrived + steps > UNREAD and bool(self.unread)
+    @property
+    def held(self) -> bool:
+        """It stands still, for its reader is behind: with what is under way, :data:`UNREAD` tokens or more."""
+        return bool(self.unread) and len(self.unread) + self.made - self.arrived >= UNREAD
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -131,7 +132,7 @@ class SlotSchedule:
         return ScheduleStatistics(
             slots_in_use=len(rows),
             prefilling=sum(row.prefilling for row in rows),
-            held=sum(row.decoding and row.held(1) for row in rows),
+            held=sum(row.decoding and row.held for row in rows),
             generations=self._generations,
             prompt_tokens=self._prompt_tokens,
             tokens=self._tokens,
@@ -191,7 +192,7 @@ class SlotSchedule:
         """
         prompt = next((row for row in self._rows.values() if row.prefilling and row.error is None), None)
         steps = 1 if waiting or prompt is not None else steps
-        rows = tuple(row for row in self._rows.values() if row.decoding and not row.held(steps))
+        rows = tuple(row for row in self._rows.values() if row.decoding and not row.held)
         if prompt is not None and not (rows and self._prefilled):
             self._prefilled = True
             return self._prefill(prompt)
@@ -201,7 +202,7 @@ class SlotSchedule:
     def has_work(self) -> bool:
         """Whether :meth:`next_program` would find something.  The answer may be late, and does no harm then."""
         return any(
-            row.error is None and (row.prefilling or (row.decoding and not row.held(1))) for row in self._rows.values()
+            row.error is None and (row.prefilling or (row.decoding and not row.held)) for row in self._rows.values()
         )
 
     def most_steps(self) -> int:
