@@ -120,6 +120,10 @@ async def test_why_a_text_ends(tmp_path: Path) -> None:
         # Its row goes on until the device hears of it; the slot's next owner does not notice.
         assert (await served.make(drawn(4))).bits == alone(4)
 
+        longest = b" ".join(b"w%d" % token for token in prompt(8, CONTEXT)) + b" " * 9000
+        text = await served.make({"text_input": np.array([longest], object)})
+        assert len(text.ids) == 1  # there is room for no more
+
         text = await served.make(asks(prompt(8, CONTEXT - 2)))
         assert len(text.ids) <= 3
         ends = [served_ids for served_ids in (text.ids[-1:],) if served_ids[0] in (7, 11)]
@@ -215,6 +219,40 @@ async def test_a_long_prompt_is_left_between_its_pieces(tmp_path: Path) -> None:
         await served.idle()
         assert gate.dispatched == 2  # of 6
         assert (await served.make(drawn(2))).bits == alone(2)
+
+
+async def test_a_live_request_behind_ten_cancelled_prompts_is_next(tmp_path: Path) -> None:
+    """The two pieces that were on the device end, and then it is the live one's turn."""
+    write_language_model(tmp_path)
+    gate = DeviceGate()
+    async with open_served(tmp_path, gate=gate) as served:
+        long = [served.model.request(drawn(number, 90, 5)) for number in range(10)]
+        text = Text()
+        async with trio.open_nursery() as readers:
+            await served.start(readers, *((request, Text()) for request in long))
+            await served.start(readers, (served.model.request(drawn(2, 16)), text))
+            await gate.wait_dispatched(2)
+            for request in long:
+                request.cancel(Reason.ADMIN)
+            await trio.testing.wait_all_tasks_blocked()
+            gate.open()
+        assert text.bits == alone(2, 16)
+        assert gate.steps == [0, 0, 0] + [1] * 29
+
+
+async def test_nothing_compiles_after_the_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_language_model(tmp_path, ladder="1,2", target_chunk_ms=1000)
+    async with open_served(tmp_path) as served:
+        jax.config.update("jax_log_compiles", True)
+        try:
+            for number in (1, 2):
+                await served.make(drawn(number, 40) | asks(prompt(number, 40), top_k=5, top_p=0.5, stop=[b"w12 w13"]))
+            assert not [record for record in caplog.records if "compil" in record.message.lower()]
+            jax.jit(lambda x: x + number)(1.0)
+            assert [record for record in caplog.records if "compil" in record.message.lower()]
+        finally:
+            jax.config.update("jax_log_compiles", False)
+        assert served.engine.compiles == 3
 
 
 async def test_law_7_a_cancel_at_every_scheduling_point(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -29,6 +30,10 @@ if TYPE_CHECKING:
     from ....batch import Batch, Member
     from ....config import ModelConfig
     from .llama import Params
+
+
+#: Bytes of a text that are cut into tokens on the spot, within a millisecond.
+LONG = 8192
 
 
 def is_language_model(config: ModelConfig) -> bool:
@@ -60,11 +65,14 @@ class TextInstance(BackendInstance):
     async def execute(self, batch: Batch) -> None:
         """Make one text.
 
-        **Cancellation:** see :meth:`SlotEngine.open_generation`.
+        **Cancellation:** before and after a long text is cut into tokens; then see :meth:`SlotEngine.open_generation`.
         """
         (member,) = batch.members
         spec = self._loaded.programs.spec
-        asked = TextRequest.read(member.inputs, spec, self._loaded.tokenizer, member.request.label)
+        read = partial(TextRequest.read, member.inputs, spec, self._loaded.tokenizer, member.request.label)
+        # The event loop can spare what a short text takes, and a long one is left to a thread.
+        long = any(len(item) > LONG for name in ("text_input", "messages") for item in member.inputs.get(name, ()))
+        asked = await trio.to_thread.run_sync(read) if long else read()
         batch.compute_infer_at = trio.current_time()
         generation = None
         try:
