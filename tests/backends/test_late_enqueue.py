@@ -179,25 +179,25 @@ async def test_who_is_not_late_does_not_wait(device: DeviceThread, gate: DeviceG
 
 async def test_at_most_one_chunk_runs_after_a_cancel(tmp_path: Path) -> None:
     """Timeline: two chunks are measured and the third runs; the fourth is held back, and never comes."""
-    now = 0.0
     gate = DeviceGate()
     context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, buckets=8, ladder=2, late_enqueue="true")
     async with open_world(context, gate=gate) as world:
         (thread, _) = world.backend._devices._threads[jax.devices("cpu")[0]]
+        now = thread.clock()  # later than what the load has put on the device
         thread.clock = lambda: now
         async with world.running([countdown(50), countdown(50, 1)]) as run:
             await gate.wait_dispatched(2)  # the first one's time is not known
-            now = 3.0
+            now += 3
             gate.let_end()
             await gate.wait_dispatched(3)  # nor the second one's
             await until(lambda: run.batch.device_seconds)
             await trio.testing.wait_all_tasks_blocked()  # the server has heard of the first and asked for a fourth
-            now = 6.0
+            now += 3
             gate.let_end()
             await gate.wait_held(1)
             assert gate.held == [pytest.approx(3.0, abs=0.01)]
             (bucket,) = world.placed.buckets
-            assert (bucket.k, bucket.step_ms, bucket.target_ms) == (2, 1500.0, 2.0)
+            assert (bucket.k, bucket.step_ms, bucket.target_ms) == (2, pytest.approx(1500), 2.0)
             run.cancel(0, 1)
             gate.let_end()
         assert gate.steps == [2, 2, 2]
