@@ -272,7 +272,8 @@ async def test_law_7_a_cancel_at_every_scheduling_point(tmp_path: Path) -> None:
             assert text.bits == alone(2, 5, 6)
             await served.idle()
 
-        assert await sweep(scenario) > 20
+        # How many there are depends on how many tokens come at once.
+        assert await sweep(scenario) > 5
         assert (await served.make(drawn(1))).bits == alone(1)
 
 
