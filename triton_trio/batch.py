@@ -41,12 +41,15 @@ class Member:
         "queue_seconds",
         "released",
         "request",
+        "saved_seconds",
         "scope",
         "seconds_after_cancel",
         "served",
         "start",
         "steps_after_cancel",
         "stop",
+        "useful_seconds",
+        "wasted_seconds",
     )
 
     def __init__(self, request: InferenceRequest, start: int, on_released: Callable[[Member], None]) -> None:
@@ -68,6 +71,10 @@ class Member:
         self.scope: trio.CancelScope | None = None
         #: Device steps dispatched or finished for this member after it was cancelled; the backend counts them.
         self.steps_after_cancel = 0
+        # Device time; see Batch.charge().
+        self.useful_seconds = 0.0
+        self.wasted_seconds = 0.0  #: of programs that had not ended when the member left
+        self.saved_seconds = 0.0  #: the backend's estimate of what it would have gone on to take
 
     def __repr__(self) -> str:
         state = "served" if self.served else "live" if self.live else "left"
@@ -224,6 +231,14 @@ class Batch:
         members that left meanwhile are no longer :attr:`Member.live`.
         """
         await trio.lowlevel.checkpoint()
+
+    def charge(self, member: Member, seconds: float, *, wasted: bool | None = None) -> None:
+        """``member`` has had ``seconds`` of device time; ``wasted`` if it had left by then, which by default is by now."""
+        self.device_seconds += seconds
+        if (member.left_at is not None and not member.kept) if wasted is None else wasted:
+            member.wasted_seconds += seconds
+        else:
+            member.useful_seconds += seconds
 
     def respond(
         self,

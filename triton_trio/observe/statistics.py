@@ -68,6 +68,10 @@ class ModelCounters:
     cache_miss: Duration = field(default_factory=Duration)  #: executed, and the time it took to keep the answer
     by_batch_size: dict[int, BatchDurations] = field(default_factory=dict)
     device_seconds_after_cancel: float = 0.0  #: from each cancel of an executing request until its device let go
+    #: Device time of programs, by whether the request was still there at their end: the two add up to the device's.
+    device_seconds_useful: float = 0.0
+    device_seconds_wasted: float = 0.0
+    device_seconds_saved: float = 0.0  #: what requests that were cancelled while executing would have taken; an estimate
 
     @property
     def in_flight(self) -> int:
@@ -102,6 +106,9 @@ class ModelCounters:
         per_size.compute_output.add(durations[2])
         for member in batch.members:
             self.device_seconds_after_cancel += member.seconds_after_cancel
+            self.device_seconds_useful += member.useful_seconds
+            self.device_seconds_wasted += member.wasted_seconds
+            self.device_seconds_saved += member.saved_seconds
             if member.served and member.ready:
                 self.queue.add(member.queue_seconds)
                 self.compute_input.add(durations[0])

@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import trio
 
+from .accounts import share
 from .device import Turn
 from .job import DeviceJob
 from .programs import precision
 from .turns import Slot, stack_inputs, start_copy, to_host, to_response
 
 if TYPE_CHECKING:
-    from ...batch import Batch
+    from ...batch import Batch, Member
     from ...request import Array
     from .placed import PlacedModel
     from .programs import ProgramSet
@@ -30,6 +31,11 @@ class ApplyTurn(Turn):
         self._taken: list[Slot] = []
         self._outputs: dict[str, Any] = {}
         self.outputs: dict[str, Array] = {}
+
+    @property
+    def members(self) -> list[Member]:
+        """Those it was made for."""
+        return [slot.member for slot in self._taken]
 
     def dispatch(self) -> bool:
         self._taken = [slot for slot in self._slots if slot.take()]
@@ -68,10 +74,13 @@ async def execute_apply(placed: PlacedModel, batch: Batch) -> None:
         async with DeviceJob(placed.device, placed.name) as job:
             await job.call(turn)
     finally:
-        batch.device_seconds += turn.seconds
         if turn.seconds:
+            share(batch, turn.members, turn.seconds)
             for slot in slots:
                 slot.member.steps_after_cancel += slot.member.left_at is not None
+        for slot in slots:
+            had = slot.member in turn.members
+            placed.typical.settle(slot.member, int(had), completed=had and not turn.failure)
     await batch.checkpoint()
     batch.compute_output_at = trio.current_time()
     for slot in slots:

@@ -317,9 +317,10 @@ class DeviceThread:
         self._steps += turn.steps
         self._row_steps += turn.steps * turn.width
         self._device_seconds += turn.seconds
-        job.give_back()
+        # Before give_back(): from then on the job may be over, and its task reads them.
         job.device_seconds += turn.seconds
         job.steps += turn.steps
+        job.give_back()
         if turn.last:
             job.drop_turns()
         # The next program goes out before anybody hears of this one: the device must not wait for Trio.  Nor must Trio

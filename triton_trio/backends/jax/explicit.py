@@ -381,6 +381,7 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
         member.release()
         return
     job = DeviceJob(placed.device, placed.name)
+    completed = False
     assert placed.functions.run is not None
     member.scope = trio.CancelScope()
     try:
@@ -395,6 +396,7 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
                     parameters=member.request.parameters,
                 )
                 response = await ctx.to_result(await placed.functions.run(ctx, placed.params, dict(member.inputs)))
+            completed = True
             batch.compute_output_at = batch.compute_output_at or trio.current_time()
             if ctx.rescheduled:
                 batch.reschedule(member, response)
@@ -410,7 +412,10 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
         batch.fail(member, InternalError(f"{placed.name}: run() failed: {type(exc).__name__}: {exc}"))
     finally:
         member.scope = None
-        batch.device_seconds += job.device_seconds
+        after = job.seconds_after_cancel
+        batch.charge(member, job.device_seconds - after, wasted=False)
+        batch.charge(member, after, wasted=True)
+        placed.typical.settle(member, job.steps, completed=completed)
         member.steps_after_cancel += job.steps_after_cancel
         if not member.live:
             member.release()

@@ -57,6 +57,7 @@ class DeviceJob:
         self._cancelled = False
         self._cancel_counted = False
         self._steps_at_cancel: int | None = None
+        self._seconds_at_cancel: float | None = None
         self._abandoned = ""
 
     async def __aenter__(self) -> DeviceJob:
@@ -85,6 +86,11 @@ class DeviceJob:
     def steps_after_cancel(self) -> int:
         """Steps of this job that ended after its last cancel."""
         return 0 if self._steps_at_cancel is None else self.steps - self._steps_at_cancel
+
+    @property
+    def seconds_after_cancel(self) -> float:
+        """Device time of the same."""
+        return 0.0 if self._seconds_at_cancel is None else self.device_seconds - self._seconds_at_cancel
 
     def submit(self, *turns: Turn) -> None:
         """Get in line; sync.  :meth:`next` returns the turns when they are complete, in this order.
@@ -152,6 +158,7 @@ class DeviceJob:
         """From now on nothing of this job is dispatched; True if the device has to be waited for."""
         if cancelled:
             self._steps_at_cancel = self.steps
+            self._seconds_at_cancel = self.device_seconds
             self._cancel_counted = True
         with self._lock:
             self._submitted -= len(self.turns)

@@ -15,6 +15,7 @@ import numpy as np
 import trio
 
 from ...errors import InternalError, InvalidArgument
+from .accounts import Typical
 from .checks import FunctionChecker, aval
 from .controller import ChunkController
 from .loader import Form, LoadContext
@@ -55,6 +56,8 @@ class PlacedStatistics:
     executions: int
     cancels: int  #: executions that were cancelled
     device_seconds: float
+    device_seconds_wasted: float  #: of these, programs whose request had left when they ended
+    device_seconds_saved: float  #: what cancelled requests would have gone on to take; an estimate
     step_ms_at_load: float | None  #: of the largest batch; None for other forms, variable dims, or ``warmup`` false
     buckets: tuple[BucketStatistics, ...]
 
@@ -90,7 +93,8 @@ class PlacedModel:
         self._warned = self._warned_of_copies = False
         self._compiles = self._compiles_after_load = self._compiles_for_shapes = 0
         self._executions = self._cancels = 0
-        self._device_seconds = 0.0
+        self._device_seconds = self._wasted_seconds = self._saved_seconds = 0.0
+        self.typical = Typical(options.max_steps)
 
     def statistics(self) -> PlacedStatistics:
         return PlacedStatistics(
@@ -102,6 +106,8 @@ class PlacedModel:
             executions=self._executions,
             cancels=self._cancels,
             device_seconds=self._device_seconds,
+            device_seconds_wasted=self._wasted_seconds,
+            device_seconds_saved=self._saved_seconds,
             step_ms_at_load=None if self._step_at_load is None else self._step_at_load * 1e3,
             buckets=tuple(
                 BucketStatistics(
@@ -125,6 +131,8 @@ class PlacedModel:
             raise
         finally:
             self._device_seconds += batch.device_seconds
+            self._wasted_seconds += sum(member.wasted_seconds for member in batch.members)
+            self._saved_seconds += sum(member.saved_seconds for member in batch.members)
 
     # Loading
 

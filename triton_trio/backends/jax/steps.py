@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import trio
 
+from .accounts import share
 from .device import WINDOW, Turn
 from .job import DeviceJob
 from .programs import precision
 from .turns import Slot, stack_inputs, start_copy, to_host, to_response
 
 if TYPE_CHECKING:
-    from ...batch import Batch
+    from ...batch import Batch, Member
     from ...request import Array
     from .controller import ChunkController
     from .placed import PlacedModel
@@ -159,6 +160,11 @@ class StepTurn(Turn):
         self.outputs: dict[str, Array] | None = None
         self.now_done: list[Slot] = []
 
+    @property
+    def members(self) -> list[Member]:
+        """Those it was made for."""
+        return [slot.member for slot in self.slots]
+
     def include(self, slots: list[Slot], bucket: int) -> None:
         """This program is for ``slots``, where they are now."""
         self.slots = slots
@@ -225,7 +231,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
                 if job.outstanding:
                     turn = await job.next()
                     assert isinstance(turn, StepTurn)
-                    batch.device_seconds += turn.seconds
+                    share(batch, turn.members, turn.seconds)
                     _take(plan, turn)
                     placed.warn_if_slow(programs)
                 else:
@@ -239,7 +245,13 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
         plan.drop()
         for late in job.leftover():
             assert isinstance(late, StepTurn)
-            batch.device_seconds += late.seconds
+            share(batch, late.members, late.seconds)
+        rest = job.device_seconds - batch.device_seconds
+        if rest > 0:  # of programs that raised
+            share(batch, (), rest)
+        for slot in plan.slots:
+            if slot.member.ready:
+                placed.typical.settle(slot.member, slot.steps, completed=slot.done or slot.exhausted)
 
 
 def _take(plan: StepPlan, turn: StepTurn) -> None:

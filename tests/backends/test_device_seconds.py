@@ -1,0 +1,176 @@
+"""Law 16 for device time: what requests are charged is what the device thread has measured, whoever leaves when."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+import trio
+
+import triton_trio
+from triton_trio.backends.jax import JaxBackend
+from triton_trio.testing.device import DeviceGate
+
+from .world import COUNTDOWN, COUNTDOWN_CONFIG, Run, countdown, open_world, until, write_model
+
+#: The same arithmetic in each of the three forms.
+APPLY = """
+import jax.numpy as jnp
+
+def apply(params, inputs):
+    return {"Y": jnp.sin(inputs["X"]), "MADE": inputs["STEPS"]}
+"""
+EXPLICIT = """
+import jax.numpy as jnp
+
+def again(x):
+    return jnp.sin(x) * 1.1
+
+async def run(ctx, params, inputs):
+    x = inputs["X"]
+    for _ in range(int(inputs["STEPS"][0, 0])):
+        x = await ctx.run(again, x)
+        await ctx.checkpoint(x)
+    return {"Y": x, "MADE": inputs["STEPS"]}
+"""
+FORMS = {"steps": COUNTDOWN, "apply": APPLY, "explicit": EXPLICIT}
+
+
+def total(run: Run) -> float:
+    return sum(member.useful_seconds + member.wasted_seconds for member in run.batch.members)
+
+
+async def leave_at_random(run: Run, gate: DeviceGate, rng: random.Random) -> None:
+    """Programs end one by one, and in between somebody may leave."""
+    while not run.ended.is_set():
+        ended = gate.ended
+        gate.let_end(1)
+        await until(lambda ended=ended: run.ended.is_set() or gate.ended > ended)
+        if rng.random() < 0.5:
+            run.cancel(rng.randrange(len(run.requests)))
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_law_16_device_seconds_balance_whoever_leaves_when(tmp_path: Path, form: str) -> None:
+    rng = random.Random(16)
+    gate = DeviceGate()
+    context = write_model(tmp_path, FORMS[form], COUNTDOWN_CONFIG, max_batch_size=4, buckets="2,4", ladder="1,2")
+    async with open_world(context, gate=gate) as world:
+        at_load = world.device.device_seconds
+        wasted = 0.0
+        for _ in range(25):
+            rows = rng.randint(1, 4)
+            async with world.running([countdown(rng.randint(1, 12), seed=row) for row in range(rows)]) as run:
+                await leave_at_random(run, gate, rng)
+            await until(lambda: world.device.jobs == 0)
+            wasted += sum(member.wasted_seconds for member in run.batch.members)
+            for member in run.batch.members:
+                assert min(member.useful_seconds, member.wasted_seconds, member.saved_seconds) >= 0
+                if member.left_at is None:
+                    assert member.wasted_seconds == member.saved_seconds == 0
+            assert total(run) == pytest.approx(run.batch.device_seconds)
+            assert world.placed.device_seconds == pytest.approx(world.device.device_seconds - at_load)
+        assert world.placed.device_seconds_wasted == pytest.approx(wasted)
+        assert 0 < world.placed.device_seconds_wasted < world.placed.device_seconds
+        if form != "apply":  # its one program is on the device before anybody can leave
+            assert world.placed.device_seconds_saved > 0
+
+
+async def test_a_chunk_is_charged_by_rows_and_wasted_for_those_who_left_before_its_end(tmp_path: Path) -> None:
+    gate = DeviceGate()
+    context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=4, buckets=4, ladder=4, max_steps=4)
+    async with open_world(context, gate=gate) as world:
+        async with world.running([countdown(9, rows=2), countdown(9)]) as run:
+            await gate.wait_dispatched(1)
+            run.cancel(0)
+            gate.open()
+        two_rows, one_row = run.batch.members
+        assert two_rows.useful_seconds == 0
+        # The only chunk was for both; the finish, for the one that is left.
+        assert one_row.wasted_seconds == 0
+        assert 0 < two_rows.wasted_seconds < 2.001 * one_row.useful_seconds
+        assert two_rows.saved_seconds == 0  # its last step was under way
+
+
+async def test_steps_that_were_not_run_are_saved(tmp_path: Path) -> None:
+    gate = DeviceGate()
+    context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=1, ladder=2, max_steps=12)
+    async with open_world(context, gate=gate) as world:
+        async with world.running([countdown(12)]) as run:
+            await gate.wait_dispatched(2)
+            run.cancel(0)
+            gate.open()
+        (member,) = run.batch.members
+        # Of twelve steps, the running and the queued chunk of two were made: eight of the same kind were not.
+        assert member.wasted_seconds == pytest.approx(world.placed.device_seconds)
+        assert member.saved_seconds == pytest.approx(2 * member.wasted_seconds)
+
+
+async def test_what_others_took_says_what_a_cancel_saves_where_nothing_limits_the_steps(tmp_path: Path) -> None:
+    gate = DeviceGate()
+    context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=1, ladder=1)
+    async with open_world(context, gate=gate) as world:
+        saved = []
+        for served_before in (False, True):
+            async with world.running([countdown(50)]) as run:
+                await gate.wait_dispatched(gate.ended + 2)
+                run.cancel(0)
+                gate.let_end(2)
+            saved.append(run.batch.members[0].saved_seconds)
+            if not served_before:
+                async with world.running([countdown(20)]) as run:
+                    await leave_never(run, gate)
+        assert saved[0] == 0  # nobody knows
+        assert saved[1] > 5 * run.batch.device_seconds / 20
+
+
+async def leave_never(run: Run, gate: DeviceGate) -> None:
+    while not run.ended.is_set():
+        ended = gate.ended
+        gate.let_end(1)
+        await until(lambda ended=ended: run.ended.is_set() or gate.ended > ended)
+
+
+@pytest.mark.parametrize("program", [1, 2, 3])
+async def test_law_16_the_time_of_a_program_that_failed_is_charged_too(tmp_path: Path, program: int) -> None:
+    gate = DeviceGate()
+    gate.open()
+    context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=2, buckets=2, ladder=2)
+    async with open_world(context, gate=gate) as world:
+        at_load = world.device.device_seconds
+        gate.fail(program, "INTERNAL: a bit has flipped")
+        async with world.running([countdown(9), countdown(9)]) as run:
+            pass
+        assert run.responses == [[], []]
+        assert total(run) == pytest.approx(world.device.device_seconds - at_load)
+
+
+async def test_law_16_the_models_counters_have_the_same_sum(tmp_path: Path) -> None:
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=4, ladder="1,2", max_steps=1000)
+    gate = DeviceGate()
+    backend = JaxBackend(executor=gate.executor)
+    with trio.fail_after(30):
+        async with triton_trio.open_server(tmp_path, backends={"jax": lambda: backend}) as server:
+            model = server.model("m")
+            (device,) = backend.statistics()
+            at_load = device.device_seconds
+
+            async def leave() -> None:
+                async with model.open_responses(countdown(1000)) as responses:
+                    await gate.wait_dispatched(2)
+                    del responses
+
+            await leave()
+            gate.open()
+            response = await model.infer(model.request(countdown(3)))
+            assert response.outputs["MADE"].tolist() == [[3]]
+            await until(lambda: model.counters.execution_count == 2)
+            counters = model.counters
+            (device,) = backend.statistics()
+            assert counters.device_seconds_useful + counters.device_seconds_wasted == pytest.approx(
+                device.device_seconds - at_load
+            )
+            assert (
+                min(counters.device_seconds_useful, counters.device_seconds_wasted, counters.device_seconds_saved) > 0
+            )
