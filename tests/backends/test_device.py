@@ -202,7 +202,9 @@ async def test_an_error_belongs_to_its_job_and_the_next_one_is_fine(device: Devi
         async with DeviceJob(device, "bad") as bad, DeviceJob(device, "good") as good:
             bad.submit(Program("a", log, "out of memory"), Program("b", log), Program("c", log))
             good.submit(Program("d", log))
-            with pytest.raises(InternalError, match="bad ran out of memory on device fake: RuntimeError: out of memory"):
+            with pytest.raises(
+                InternalError, match="bad ran out of memory on device fake: RuntimeError: out of memory"
+            ):
                 await bad.next()
             await good.next()
         async with DeviceJob(device, "bad again") as again:

@@ -71,7 +71,7 @@ class ModelCounters:
     #: Device time of programs, by whether the request was still there at their end: the two add up to the device's.
     device_seconds_useful: float = 0.0
     device_seconds_wasted: float = 0.0
-    device_seconds_saved: float = 0.0  #: what requests that were cancelled while executing would have taken; an estimate
+    device_seconds_saved: float = 0.0  #: an estimate of what requests cancelled while executing would have taken
 
     @property
     def in_flight(self) -> int:
