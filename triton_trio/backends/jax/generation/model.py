@@ -80,7 +80,9 @@ class TextInstance(BackendInstance):
                 await self._write(batch, member, asked, generation)
         finally:
             if generation is not None:
-                batch.device_seconds += generation.device_seconds
+                wasted = generation.seconds_after_leaving
+                batch.charge(member, generation.device_seconds - wasted, wasted=False)
+                batch.charge(member, wasted, wasted=True)
                 member.steps_after_cancel += generation.steps_after_leaving
 
     async def _write(self, batch: Batch, member: Member, asked: TextRequest, generation: Generation) -> None:

@@ -60,6 +60,7 @@ class Generation:
         self.error: TritonError | None = None
         self.device_seconds = 0.0  #: its share of the programs that worked for it
         self.steps_after_leaving = 0
+        self.seconds_after_leaving = 0.0  #: of its share, what ended after it had left
         #: Parks its owner: tokens, an error, or no program any more.
         self.news = trio.lowlevel.ParkingLot()
 
@@ -260,6 +261,7 @@ class SlotSchedule:
             row.device_seconds += share
             if row.left:
                 row.steps_after_leaving += max(program.steps, 1)
+                row.seconds_after_leaving += share
                 self._wasted += share
             else:
                 self._useful += share
