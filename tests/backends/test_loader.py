@@ -16,8 +16,10 @@ from triton_trio.backends import Placement
 from triton_trio.backends.jax import JaxBackend, JaxOptions, short_switch_interval
 from triton_trio.backends.jax.backend import find_device
 from triton_trio.backends.jax.checks import callback_problem
+from triton_trio.backends.jax.job import DeviceJob
 from triton_trio.backends.jax.options import default_buckets
 from triton_trio.backends.jax.placed import PlacedModel
+from triton_trio.backends.jax.probe import Probe
 from triton_trio.errors import InvalidArgument
 from triton_trio.testing.device import DeviceGate
 
@@ -345,6 +347,26 @@ async def test_a_step_that_is_longer_than_the_target_is_told_before_the_first_re
         )
         assert (world.placed.executions, world.placed.device_seconds, gate.dispatched) == (0, 0.0, 0)
         assert (world.device.chunks, world.device.cancels, world.device.jobs) == (0, 0, 0)
+
+
+async def test_a_short_step_is_measured_in_the_chunk_that_fills_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Of short chunks nothing is known: here those of fewer than 8 steps are over before their dispatch is.
+    tried = []
+
+    async def call(self: DeviceJob, turn: Probe) -> None:
+        turn.dispatch()
+        turn.wait()
+        tried.append(turn._k)
+        turn.seconds = turn._k * 1e-3 if turn._k >= 8 else 0.0
+        await trio.lowlevel.checkpoint()
+
+    monkeypatch.setattr(DeviceJob, "call", call)
+    context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, buckets=8, ladder="1,4,8,16,32", target_chunk_ms=10)
+    async with open_world(context) as world:
+        assert world.placed.step_ms_at_load == pytest.approx(1.0)
+    assert sorted(set(tried)) == [1, 4, 8, 16]  # 16 of 1 ms are more than the target
 
 
 async def test_a_model_that_cannot_take_zeros_is_not_measured_if_it_says_so(

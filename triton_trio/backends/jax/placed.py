@@ -58,7 +58,8 @@ class PlacedStatistics:
     device_seconds: float
     device_seconds_wasted: float  #: of these, programs whose request had left when they ended
     device_seconds_saved: float  #: what cancelled requests would have gone on to take; an estimate
-    step_ms_at_load: float | None  #: of the largest batch; None for other forms, variable dims, or ``warmup`` false
+    #: Of the largest batch, the quickest of a few tries; None for other forms, variable dims, or ``warmup`` false.
+    step_ms_at_load: float | None
     buckets: tuple[BucketStatistics, ...]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,19 +16,20 @@ if TYPE_CHECKING:
     from .placed import PlacedModel
     from .programs import ProgramSet
 
-#: Chunks that are timed.  The quickest counts: a machine can be too busy, but not too quick.
-CHUNKS = 4
+#: Times that each size of a chunk is tried.  The quickest counts: a machine can be too busy, but not too quick.
+TRIES = 3
 #: Seconds of chunks after which the last one is believed.
 ENOUGH = 1.0
 
 
 class Probe(Turn):
-    """One chunk of the smallest size, the first one with ``init`` before it."""
+    """One chunk, the first one with ``init`` before it."""
 
-    def __init__(self, placed: PlacedModel, programs: ProgramSet, inputs: dict[str, Any], state: Any) -> None:
+    def __init__(self, placed: PlacedModel, programs: ProgramSet, inputs: dict[str, Any], state: Any, k: int) -> None:
         self._placed = placed
         self._programs = programs
         self._inputs = inputs
+        self._k = k
         self.state = state  #: carry and flags; None before the first chunk
 
     def dispatch(self) -> bool:
@@ -39,7 +41,7 @@ class Probe(Turn):
                 state = programs.init(params, self._inputs)
             # Rows that are done and rows that are not take the same time.
             keep = np.ones(programs.bucket, bool)
-            carry, flags, _ = programs.chunks[programs.controller.ladder[0]](params, *state, keep)
+            carry, flags, _ = programs.chunks[self._k](params, *state, keep)
         self.state = carry, flags
         return True
 
@@ -60,12 +62,28 @@ async def measure_step(placed: PlacedModel, programs: ProgramSet, shapes: RowSha
     """
     dtypes = {spec.name: DTYPES[spec.datatype] for spec in placed.config.inputs}
     inputs = {name: np.zeros((programs.bucket, *dims), dtypes[name]) for name, dims in shapes}
-    taken: list[float] = []
+    spent = 0.0
     state: Any = None
-    while len(taken) < CHUNKS and sum(taken) < ENOUGH:
-        probe = Probe(placed, programs, inputs, state)
+
+    async def run_chunk(k: int) -> float:
+        nonlocal state, spent
+        probe = Probe(placed, programs, inputs, state, k)
         async with DeviceJob(placed.device, placed.name) as job:
             await job.call(probe)
         state, probe.state = probe.state, None
-        taken.append(probe.seconds)
-    return min(taken) / programs.controller.ladder[0]
+        spent += probe.seconds
+        return probe.seconds
+
+    controller = programs.controller
+    per_step = await run_chunk(controller.ladder[0]) / controller.ladder[0]  # and init
+    # A short chunk can be over before its dispatch is, and seem to take no time; the first that fills the target tells.
+    for k in controller.ladder:
+        chunk = math.inf
+        for _ in range(TRIES):
+            if spent < ENOUGH:
+                chunk = min(chunk, await run_chunk(k))
+        if chunk < math.inf:
+            per_step = chunk / k
+        if spent >= ENOUGH or chunk >= controller.target:
+            break
+    return per_step
