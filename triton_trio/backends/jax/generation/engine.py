@@ -176,7 +176,7 @@ class SlotEngine:
             yield generation
         except trio.Cancelled:
             self._leave(generation)
-            # Without a deadline of its own: the bound is the watchdog's abandon(), which ends every text here.
+            # Shielded without a deadline of its own: the bound is the watchdog's abandon(), which ends every text here.
             with trio.CancelScope(shield=True):
                 while generation.busy:
                     await generation.news.park()
