@@ -22,7 +22,7 @@ from .lifecycle import Event, Outcome
 from .observe.cancel_log import log_cancelled
 from .observe.statistics import ModelCounters
 from .request import InferenceRequest, InferenceResponse, ParameterValue, Place
-from .response_cache import ResponseCache, SharedExecutions
+from .response_cache import ResponseCache, SharedExecution, SharedExecutions
 from .scopes import Reason
 from .validation import RequestValidator
 
@@ -145,6 +145,9 @@ class Model(ABC):
         for request in self._live:
             who = f"request #{request.generation}" + (f" '{request.request_id}'" if request.request_id else "")
             yield request.waiting_task or self._task, f"{who} of {self.name}:{self.version}, {request.stage.value}"
+        for execution in self.shared or ():
+            if execution.task is not None:
+                yield execution.task, f"requests that share it: {len(execution.scope)}"
 
     # Inference
 
@@ -253,10 +256,19 @@ class Model(ABC):
         self._left(request, place)
         del self._live[request]
         self.counters.count_settled(request)
-        if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) and not isinstance(place, Batch):
+        if request.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) and not (
+            isinstance(place, Batch) or (isinstance(place, SharedExecution) and place.logs(request))
+        ):
             log_cancelled(request)  # otherwise the batch logs it, when the device has let go
         if self._idle is not None and not self._live:
             self._idle.set()
+
+    def forget_answers(self) -> None:
+        """What the response cache has of this model, and of the ensembles made of it, is out of date."""
+        if self.shared is not None:
+            self.shared.renew()
+        for user in self.users:
+            user.forget_answers()
 
     # Life
 

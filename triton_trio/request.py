@@ -106,6 +106,7 @@ class InferenceRequest:
         "_senders",
         "batch_size",
         "bound_at",
+        "cached",
         "ended_at",
         "enqueued_at",
         "failed_at",
@@ -175,6 +176,8 @@ class InferenceRequest:
         self.parent: InferenceRequest | None = None
         #: The stage at which it failed, where that is not its own: that of the step which failed.
         self.failed_at: Stage | None = None
+        #: Answered without an execution of its own, by the response cache.
+        self.cached = False
         self.received_at = 0.0
         self.enqueued_at = 0.0
         self.bound_at = 0.0
@@ -230,6 +233,11 @@ class InferenceRequest:
     def is_cancelled(self) -> bool:
         """The view that Triton's APIs have.  Derived from the scope; nothing in the server polls it."""
         return self.outcome in (Outcome.CANCELLED, Outcome.DEADLINE) or self.scope.cancel_called
+
+    @property
+    def cancelled_for(self) -> InferenceRequest | None:
+        """Whose cancel it is when this one is cancelled; None: of several, and nobody's in particular."""
+        return self
 
     # Life: every change of stage or outcome goes through these two
 

@@ -11,13 +11,17 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.callers import Call, calling
+from tests.ensemble.world import ensemble_config, step
 from triton_trio import InferenceServer, InternalError, Model, Outcome, Reason, Stage
+from triton_trio.observe import tree
 from triton_trio.observe.statistics import FailureReason
 from triton_trio.testing import ScriptedBackend, Victim, open_test_server, orders, scripted_config, sweep
 from triton_trio.testing.fixtures import Serve
 
 CACHED = "response_cache { enable: true }"
 CONFIG = scripted_config(more=CACHED)
+#: ``m`` twice, one after the other.
+ENSEMBLE = ensemble_config(step("m", "INPUT0", "half"), step("m", "half", "OUTPUT0"), more=CACHED)
 SIZE = 1 << 20
 
 
@@ -37,7 +41,7 @@ async def test_two_that_ask_the_same_share_one_execution_and_a_third_hits(serve:
         assert [(call.output == 3).all() for call in (*calls, third)] == [True] * 3
         assert len(backend.executions) == 1
         counters = model.counters
-        assert (counters.execution_count, counters.inference_count, counters.started) == (1, 3, 3)
+        assert (counters.execution_count, counters.inference_count, counters.started) == (1, 1, 3)
         assert (counters.cache_miss.count, counters.cache_hit.count) == (1, 2)
 
 
@@ -56,6 +60,19 @@ async def test_B9_who_leaves_does_not_take_the_execution_away(serve: Serve) -> N
             execution.finish()
         assert (second.output == 3).all()
         assert first.output is None and third.output is None
+        counters = server.model("m").counters
+        assert (counters.inference_count, counters.cache_miss.count, counters.cache_hit.count) == (1, 1, 0)
+
+
+async def test_B9_who_has_left_may_use_its_arrays_for_something_else(serve: Serve) -> None:
+    backend = ScriptedBackend()
+    async with serve({"m": CONFIG}, backend, cache_size=SIZE) as server:
+        async with calling(server.model("m")) as callers:
+            first, second = await callers.call_all("ab", value=3)
+            first.leave()
+            first.request.inputs["INPUT0"][...] = 9  # type: ignore[index]
+            (await backend.wait_execution()).finish()
+        assert (second.output == 3).all()
 
 
 @pytest.mark.parametrize("where", ["queued", "executing"])
@@ -84,6 +101,28 @@ async def test_A4_with_the_last_one_the_execution_is_cancelled_wherever_it_is(se
         assert again.outcome is hit.outcome is Outcome.OK
         assert len(backend.executions) == 2
         assert model.counters.failures[FailureReason.CANCELED] == 2
+
+
+async def test_each_cancel_is_logged_once_the_last_with_what_it_cost(
+    serve: Serve, caplog: pytest.LogCaptureFixture, autojump_clock: MockClock
+) -> None:
+    backend = ScriptedBackend()
+    backend.misbehaviour.ignore_release = True
+    with caplog.at_level("INFO", "triton_trio.cancel"):
+        async with serve({"m": CONFIG}, backend, cache_size=SIZE, limit=float("inf")) as server:
+            async with calling(server.model("m")) as callers:
+                first, second = await callers.call_all("ab", value=3)
+                first.leave()
+                second.leave()
+                execution = await backend.wait_execution()
+            await trio.sleep(0.25)
+            execution.let_go()
+    logged = [
+        (record.request_id, record.device_ms_after_cancel)  # type: ignore[attr-defined]
+        for record in caplog.records
+        if record.name == "triton_trio.cancel"
+    ]
+    assert logged == [("a", 0), ("b", pytest.approx(250))]
 
 
 async def test_who_comes_when_the_last_one_has_just_left_gets_an_execution_of_its_own(serve: Serve) -> None:
@@ -174,16 +213,8 @@ async def test_B1_unload_tells_every_member_and_forgets_every_answer(serve: Serv
 
 
 async def test_an_ensemble_is_cached_as_a_whole_and_shared_as_a_whole(serve: Serve) -> None:
-    step = "input_map { key: 'INPUT0' value: '%s' } output_map { key: 'OUTPUT0' value: '%s' }"
-    config = (
-        "platform: 'ensemble' "
-        "input { name: 'INPUT0' data_type: TYPE_FP32 dims: [ 2 ] } "
-        "output { name: 'OUTPUT0' data_type: TYPE_FP32 dims: [ 2 ] } "
-        f"ensemble_scheduling {{ step [ {{ model_name: 'm' model_version: -1 {step % ('INPUT0', 'half')} }}, "
-        f"{{ model_name: 'm' model_version: -1 {step % ('half', 'OUTPUT0')} }} ] }} {CACHED}"
-    )
     backend = ScriptedBackend()
-    async with serve({"m": scripted_config(), "e": config}, backend, cache_size=SIZE) as server:
+    async with serve({"m": scripted_config(), "e": ENSEMBLE}, backend, cache_size=SIZE) as server:
         ensemble = server.model("e")
         async with calling(ensemble) as callers:
             first, second = await callers.call_all("ab", value=3)
@@ -195,6 +226,48 @@ async def test_an_ensemble_is_cached_as_a_whole_and_shared_as_a_whole(serve: Ser
         assert (first.outcome, second.outcome, third.outcome) == (Outcome.CANCELLED, Outcome.OK, Outcome.OK)
         assert len(backend.executions) == 2
         assert ensemble.counters.execution_count == 1
+
+
+async def test_an_error_of_a_step_names_each_ones_own_request(serve: Serve) -> None:
+    backend = ScriptedBackend()
+    async with serve({"m": scripted_config(), "e": ENSEMBLE}, backend, cache_size=SIZE) as server:
+        async with calling(server.model("e")) as callers:
+            calls = await callers.call_all("ab", value=3)
+            (await backend.wait_execution()).end()
+        assert [call.error.message for call in calls if call.error] == [
+            f"in ensemble 'e', [request id: {label}] model 'm' returned without a response" for label in "ab"
+        ]
+
+
+async def test_B5_a_device_that_hangs_is_quarantined_and_those_who_share_the_next_execution_are_told(
+    serve: Serve, autojump_clock: MockClock
+) -> None:
+    backend = ScriptedBackend()
+    backend.misbehaviour.ignore_release = True
+    async with serve(
+        {"m": CONFIG}, backend, cache_size=SIZE, release_limit=1, strict_readiness=False, limit=float("inf")
+    ) as server:
+        model = server.model("m")
+        async with calling(model) as callers:
+            hangs = await callers.call("hangs", value=1)
+            waiting = await callers.call_all("ab", value=3)
+            hangs.leave()
+            await trio.sleep(2)
+        assert [call.outcome for call in waiting] == [Outcome.REJECTED] * 2
+        assert [call.error.message for call in waiting if call.error] == [
+            f"[request id: {label}] model 'm' has no instance left: all are quarantined; reload it" for label in "ab"
+        ]
+
+
+async def test_the_tree_says_how_many_share_it(serve: Serve) -> None:
+    backend = ScriptedBackend()
+    async with serve({"m": CONFIG}, backend, cache_size=SIZE) as server:
+        async with calling(server.model("m")) as callers:
+            first, *_ = await callers.call_all("abc", value=3)
+            first.leave()
+            drawn = [line.strip("│ ") for line in tree().splitlines()]
+            assert drawn[drawn.index("└── shared execution of m") + 1] == "└── requests that share it: 2"
+            (await backend.wait_execution()).finish()
 
 
 async def test_without_a_cache_on_the_server_a_model_is_only_told_so(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import tracemalloc
 import weakref
 from typing import Any
 
@@ -13,13 +14,14 @@ from hypothesis import strategies as st
 
 from triton_trio.request import InferenceRequest
 from triton_trio.response_cache import ResponseCache
-from triton_trio.response_cache.cache import OVERHEAD, Answer, digest
-
-ENTRY = OVERHEAD + 400
+from triton_trio.response_cache.cache import Answer, digest
 
 
 def answer(value: float = 0, size: int = 100) -> Answer:
     return Answer({"OUT": np.full(size, value, np.float32)}, {"p": 1})
+
+
+ENTRY = answer().size()
 
 
 def test_an_answer_comes_back_as_it_was_and_nobody_can_write_to_it() -> None:
@@ -30,8 +32,13 @@ def test_an_answer_comes_back_as_it_was_and_nobody_can_write_to_it() -> None:
     found = cache.get((1, b"k"))
     assert found is kept and found is not None
     assert (found.outputs["OUT"] == 7).all() and found.parameters == {"p": 1}
+    one, other = found.outputs_for_one(), found.outputs_for_one()
     with pytest.raises(ValueError, match="read-only"):
-        found.outputs["OUT"][0] = 1
+        one["OUT"][0] = 1
+    with pytest.raises(ValueError, match="WRITEABLE"):
+        one["OUT"].flags.writeable = True
+    del one["OUT"]
+    assert (other["OUT"] == 7).all()
     assert cache.get((1, b"other")) is None
     assert (cache.statistics().hits, cache.statistics().misses) == (1, 1)
 
@@ -53,10 +60,25 @@ def test_what_is_larger_than_the_cache_is_not_kept_and_nobody_has_to_go_for_it()
     assert len(cache) == 1
 
 
-def test_text_counts_by_its_length() -> None:
-    cache = ResponseCache(100_000)
-    cache.put((1, b"a"), Answer({"OUT": np.array([b"x" * 50_000], object)}, {}))
-    assert cache.statistics().used > 50_000
+ANSWERS = {
+    "nothing much": lambda number: answer(number, 1),
+    "many outputs": lambda number: Answer({f"OUT{i}": np.zeros(3, np.float32) for i in range(50)}, {}),
+    "text": lambda number: Answer({"OUT": np.array([b"x" * size for size in range(50)], object)}, {}),
+    "parameters": lambda number: Answer({}, {f"p{i}": f"{number}" * 100 for i in range(20)}),
+}
+
+
+@pytest.mark.parametrize("what", ANSWERS)
+def test_law_12_an_entry_weighs_what_it_says(what: str) -> None:
+    cache = ResponseCache(1 << 30)
+    tracemalloc.start()
+    try:
+        for number in range(500):
+            cache.put((1, number.to_bytes(32, "big")), ANSWERS[what](number))
+        weight = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert 0.5 < weight / cache.statistics().used < 1.1
 
 
 def test_the_entries_of_one_load_are_dropped_and_no_others() -> None:
@@ -95,7 +117,7 @@ def test_law_12_never_more_than_it_may_hold(capacity: int, operations: list[tupl
         key = (number % 3, bytes([number]))
         if name == "put":
             kept = cache.put(key, answer(number, size))
-            assert (kept is None) == (OVERHEAD + 4 * size > capacity)
+            assert (kept is None) == (answer(size=size).size() > capacity)
         elif name == "get":
             found = cache.get(key)
             assert found is None or (found.outputs["OUT"] == number).all()

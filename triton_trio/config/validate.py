@@ -50,10 +50,7 @@ def validate(message: Any, *, complete: bool) -> None:
             f"ensemble scheduling must be set for ensemble {name} whose platform is {ENSEMBLE_PLATFORM}"
         )
     if message.model_transaction_policy.decoupled and message.response_cache.enable:
-        raise InvalidArgument(
-            f"Response Cache does not currently support model {name} with 'decoupled' transaction policy. "
-            "Please disable the response cache."
-        )
+        raise cannot_be_cached(name, "'decoupled' transaction policy")
     _validate_metrics(message)
     _validate_instance_groups(message)
     _validate_tensors(message, "input", message.input, complete)
@@ -104,13 +101,16 @@ _FALSE_TRUE = ("int32_false_true", "fp32_false_true", "bool_false_true")
 _CORRID_TYPES = ("TYPE_UINT64", "TYPE_INT64", "TYPE_UINT32", "TYPE_INT32", "TYPE_STRING")
 
 
+def cannot_be_cached(name: str, what: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"Response Cache does not currently support model {name} with {what}. Please disable the response cache."
+    )
+
+
 def _validate_sequence_batching(message: Any) -> None:
     batching, name = message.sequence_batching, message.name
     if message.response_cache.enable:
-        raise InvalidArgument(
-            f"Response Cache does not currently support model {name} with sequence batching scheduler. "
-            "Please disable the response cache."
-        )
+        raise cannot_be_cached(name, "sequence batching scheduler")
     _validate_controls(batching.control_input, name)
     if batching.WhichOneof("strategy_choice") == "oldest":
         for size in batching.oldest.preferred_batch_size:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..config.validate import cannot_be_cached
 from ..errors import InvalidArgument, TritonError
 from ..groups import WithoutGroups
 from ..instance import reshape_outputs
@@ -96,6 +97,7 @@ class EnsembleModel(Model):
         self._refused = ()
         for model in models:
             model.users[self] = None
+        self.forget_answers()
 
     def step_model(self, index: int) -> Model:
         """The model of the step ``index``: its latest, or the one that is being unloaded if there is no other."""
@@ -207,6 +209,8 @@ def complete_ensemble(config: ModelConfig, find: Find) -> ModelConfig:
             )
             raise InvalidArgument(f"ensemble '{config.name}' depends on '{step.model_name}' {wanted}") from None
     decoupled = Graph(config, models).decoupled
+    if decoupled and config.response_cache:
+        raise cannot_be_cached(config.name, "'decoupled' transaction policy")
     return config if decoupled is config.decoupled else config.replace(decoupled=decoupled)
 
 

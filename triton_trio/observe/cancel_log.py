@@ -16,8 +16,10 @@ LOGGER = logging.getLogger("triton_trio.cancel")
 
 def log_cancelled(request: InferenceRequest, member: Member | None = None) -> None:
     """``member`` is given if the request was executing; its device resources have just been released."""
-    if not LOGGER.isEnabledFor(logging.INFO):
+    of = request.cancelled_for
+    if of is None or not LOGGER.isEnabledFor(logging.INFO):
         return
+    request = of
     queued_until = request.bound_at or request.ended_at
     queued_ms = (queued_until - request.enqueued_at) * 1e3 if request.enqueued_at else 0.0
     after_ms = 0.0 if member is None else member.seconds_after_cancel * 1e3

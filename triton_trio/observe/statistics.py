@@ -55,7 +55,7 @@ class ModelCounters:
     outcomes: Counter[Outcome] = field(default_factory=Counter)
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  #: cancelled, by (reason, stage)
     failures: Counter[FailureReason] = field(default_factory=Counter)
-    inference_count: int = 0  #: rows of successful requests
+    inference_count: int = 0  #: rows of successful requests that were executed
     execution_count: int = 0  #: executions that began
     last_inference: float = 0.0  #: seconds since the epoch
     success: Duration = field(default_factory=Duration)
@@ -65,7 +65,7 @@ class ModelCounters:
     compute_infer: Duration = field(default_factory=Duration)
     compute_output: Duration = field(default_factory=Duration)
     cache_hit: Duration = field(default_factory=Duration)  #: answered from the cache, or by somebody else's execution
-    cache_miss: Duration = field(default_factory=Duration)  #: executed, and the time it took to keep the answer
+    cache_miss: Duration = field(default_factory=Duration)  #: executed; the time to look, and to keep the answer
     by_batch_size: dict[int, BatchDurations] = field(default_factory=dict)
     device_seconds_after_cancel: float = 0.0  #: from each cancel of an executing request until its device let go
     #: Device time of programs, by whether the request was still there at their end: the two add up to the device's.
@@ -84,7 +84,8 @@ class ModelCounters:
         took = request.ended_at - request.received_at
         if outcome is Outcome.OK:
             self.success.add(took)
-            self.inference_count += request.batch_size
+            if not request.cached:
+                self.inference_count += request.batch_size
         else:
             self.fail.add(took)
             self.failures[_failure_reason(request)] += 1
@@ -115,12 +116,16 @@ class ModelCounters:
                 self.compute_infer.add(durations[1])
                 self.compute_output.add(durations[2])
 
-    def count_cache_hit(self, seconds: float) -> None:
-        self.cache_hit.add(seconds)
-        self.queue.add(0.0)  # as Triton counts it
+    def count_lookup(self, request: InferenceRequest, seconds: float) -> None:
+        """A request that was looked up in the response cache is answered: ``hits + misses`` are those requests."""
+        if request.cached:
+            self.cache_hit.add(seconds)
+            self.queue.add(0.0)  # as Triton counts it
+        else:
+            self.cache_miss.add(seconds)
 
-    def count_cache_miss(self, seconds: float) -> None:
-        self.cache_miss.add(seconds)
+    def count_kept(self, seconds: float) -> None:
+        self.cache_miss.add(seconds, count=0)
 
     def count_flow(self, request: InferenceRequest, compute_seconds: float, wall: float) -> None:
         """An ensemble's request is complete, and its steps took ``compute_seconds`` together; as Triton counts it."""

@@ -6,4 +6,5 @@ execution.
 
 from .cache import CacheStatistics as CacheStatistics
 from .cache import ResponseCache as ResponseCache
+from .executions import SharedExecution as SharedExecution
 from .executions import SharedExecutions as SharedExecutions

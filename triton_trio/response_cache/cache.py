@@ -7,6 +7,7 @@ no trace.  (Triton inserts whatever its backend responds with, an error as an an
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,10 +21,11 @@ if TYPE_CHECKING:
 #: The load of a model (a number that is never used again), and the digest of what was asked.
 Key = tuple[int, bytes]
 
-#: Bytes that an entry takes beside its tensors, about.
-OVERHEAD = 512
-#: Bytes of a BYTES element beside its text.
-_ELEMENT = 41
+# Bytes beside what is counted exactly; measured, for an entry must not weigh more than it says.
+_ENTRY = 600
+_ARRAY = 200
+_PARAMETER = 160
+_ELEMENT = 41  #: of a BYTES tensor, beside its text
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +34,15 @@ class Answer:
 
     outputs: Mapping[str, Array]
     parameters: Mapping[str, ParameterValue]
+
+    def outputs_for_one(self) -> dict[str, Array]:
+        """The outputs, read-only: whoever gets them is not the only one."""
+        return {name: _read_only(array.view()) for name, array in self.outputs.items()}
+
+    def size(self) -> int:
+        """Bytes that it takes in a cache."""
+        tensors = sum(_ARRAY + size_of(array) for array in self.outputs.values())
+        return _ENTRY + tensors + sum(_PARAMETER + sys.getsizeof(value) for value in self.parameters.values())
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,14 +93,13 @@ class ResponseCache:
 
     def put(self, key: Key, answer: Answer) -> Answer | None:
         """Keep a copy of ``answer``, and return it; None if it is larger than the cache."""
-        size = OVERHEAD + sum(map(size_of, answer.outputs.values()))
+        size = answer.size()
         if size > self.capacity:
             return None
         self.drop(key)
         # A copy, for the model's array may be a view of a whole batch, and would keep all of it.
-        kept = Answer({name: array.copy() for name, array in answer.outputs.items()}, answer.parameters)
-        for array in kept.outputs.values():
-            array.flags.writeable = False
+        outputs = {name: _read_only(array.copy()) for name, array in answer.outputs.items()}
+        kept = Answer(outputs, dict(answer.parameters))
         self._entries[key] = kept, size
         self._used += size
         while self._used > self.capacity:
@@ -122,6 +132,11 @@ def digest(request: InferenceRequest) -> bytes:
         found.update(raw)
     found.update(f"{sorted(request.requested_outputs)}{sorted(request.parameters.items())}".encode())
     return found.digest()
+
+
+def _read_only(array: Array) -> Array:
+    array.flags.writeable = False
+    return array
 
 
 def size_of(array: Array) -> int:

@@ -7,14 +7,17 @@ its own with a request of its own, so it belongs to none of its members, not eve
 
 from __future__ import annotations
 
+import logging
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from itertools import count
 from typing import TYPE_CHECKING
 
+import numpy as np
 import trio
 
-from ..errors import TritonError
+from ..batch import Batch
+from ..errors import InternalError, TritonError
 from ..lifecycle import Event, Outcome, Stage
 from ..request import InferenceRequest, InferenceResponse
 from ..scopes import BatchScope, Reason
@@ -22,6 +25,9 @@ from .cache import Answer, Key, ResponseCache, digest, size_of
 
 if TYPE_CHECKING:
     from ..model import Model
+    from ..request import Array
+
+LOGGER = logging.getLogger("triton_trio.response_cache")
 
 #: Bytes of input beyond which a request is executed without a look at the cache: to find its key takes the event loop
 #: about a millisecond for each MiB, in which nobody else is served.
@@ -64,26 +70,33 @@ class SharedExecutions:
             self._nursery = None
             self._cache.drop_all_of(self._owner)
 
+    def renew(self) -> None:
+        """The model would not say the same any more: forget what it said, and keep nothing of what is under way."""
+        self._cache.drop_all_of(self._owner)
+        self._owner = next(_owners)
+
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
         """The response to a request that was admitted and fits: kept, shared, or its own.
 
         **Cancellation:** the request has left its execution when the cancel returns; others of it do not notice.
         """
-        if sum(map(size_of, request.inputs.values())) > LARGEST_INPUT:
+        if _is_of_a_sequence(request) or sum(map(size_of, request.inputs.values())) > LARGEST_INPUT:
             return await self._model._serve(request)
         began = trio.current_time()
         key = (self._owner, digest(request))
         answer = self._cache.get(key)
+        took = trio.current_time() - began
         request.enqueued_at = began
         request.advance(Event.ENQUEUE)
         if answer is None:
             self._join(request, key)
         else:
-            request.advance(Event.BIND)
-            request.bound_at = began
-            self.deliver(request, answer)
-            self._model.counters.count_cache_hit(trio.current_time() - began)
-        return await request.receive()
+            _bind(request)
+            self.deliver(request, answer, cached=True)
+        response = await request.receive()
+        # Not before: from here to the request's outcome there is no checkpoint.
+        self._model.counters.count_lookup(request, took)
+        return response
 
     def _join(self, request: InferenceRequest, key: Key) -> None:
         # Whoever may wait for another time, or comes sooner, has an execution of its own.
@@ -105,39 +118,40 @@ class SharedExecutions:
 
     def keep(self, execution: SharedExecution, answer: Answer) -> Answer:
         """Keep an answer, as far as it can be; returns what members are to get."""
+        key = execution.key[0]
+        if key[0] != self._owner:
+            return answer
         began = trio.current_time()
-        kept = self._cache.put(execution.key[0], answer)
-        self._model.counters.count_cache_miss(trio.current_time() - began)
+        kept = self._cache.put(key, answer)
+        self._model.counters.count_kept(trio.current_time() - began)
         return answer if kept is None else kept
 
     def forget(self, execution: SharedExecution) -> None:
         if self._running.get(execution.key) is execution:
             del self._running[execution.key]
 
-    def deliver(self, member: InferenceRequest, answer: Answer) -> None:
+    def deliver(self, member: InferenceRequest, answer: Answer, *, cached: bool) -> None:
+        member.cached = cached
         member.deliver_nowait(
             InferenceResponse(
-                answer.outputs,
+                answer.outputs_for_one(),
                 model_name=member.model_name,
                 model_version=member.model_version,
                 request_id=member.request_id,
-                parameters=answer.parameters,
+                parameters=dict(answer.parameters),
             )
         )
-
-    def count_shared(self) -> None:
-        """A member was answered by an execution that was there before it."""
-        self._model.counters.count_cache_hit(0.0)
 
 
 class _Executed(InferenceRequest):
     """The execution's own request: its members are where it is."""
 
-    __slots__ = ("_members",)
+    __slots__ = ("_members", "last")
 
     def __init__(self, like: InferenceRequest, members: BatchScope[InferenceRequest]) -> None:
         super().__init__(
-            like.inputs,
+            # The caller of `like` may leave and use its arrays for something else.
+            {name: array if _is_fixed(array) else array.copy() for name, array in like.inputs.items()},
             requested_outputs=like.requested_outputs,
             request_id=like.request_id,
             priority=like.priority,
@@ -147,12 +161,33 @@ class _Executed(InferenceRequest):
         self.batch_size, self.signature = like.batch_size, like.signature
         self.parent = like.parent
         self._members = members
+        #: The member with which it was cancelled on the device.
+        self.last: InferenceRequest | None = None
+
+    @property
+    def cancelled_for(self) -> InferenceRequest | None:
+        return self.last
 
     def advance(self, event: Event) -> None:
         super().advance(event)
         if event is Event.BIND:
             for member in self._members:
                 _bind(member)
+
+
+def _is_of_a_sequence(request: InferenceRequest) -> bool:
+    # Of an ensemble, a step of which is one: then the answer depends on what was asked before.
+    return bool(request.sequence_id or request.sequence_start or request.sequence_end)
+
+
+def _is_fixed(array: Array) -> bool:
+    """Whether nobody can write to it, not even to what it is a view of; so are the tensors of a message."""
+    found: object = array
+    while isinstance(found, np.ndarray):
+        if found.flags.writeable:
+            return False
+        found = found.base
+    return True
 
 
 def _bind(member: InferenceRequest) -> None:
@@ -170,12 +205,16 @@ class SharedExecution:
     def __init__(self, executions: SharedExecutions, key: SharedBy, first: InferenceRequest) -> None:
         self.key = key
         self.scope: BatchScope[InferenceRequest] = BatchScope()
+        self.task: trio.lowlevel.Task | None = None
         self._executions = executions
-        self._first = first.generation
         self._request = _Executed(first, self.scope)
 
     def __repr__(self) -> str:
         return f"<SharedExecution of {len(self.scope)} requests, {self._request.stage.value}>"
+
+    def logs(self, request: InferenceRequest) -> bool:
+        """Whether the cancel of a member is logged when the device has let go, and not before."""
+        return self._request.last is request
 
     def join(self, request: InferenceRequest) -> None:
         """Share what comes of it with ``request``."""
@@ -187,6 +226,8 @@ class SharedExecution:
 
     def leave(self, request: InferenceRequest, reason: Reason) -> None:
         """A member was settled, at that instant; with the last, the execution is cancelled, wherever it is."""
+        if len(self.scope) == 1 and isinstance(self._request.place, Batch):
+            self._request.last = request
         if self.scope.leave(request, reason):
             self._executions.forget(self)
 
@@ -195,6 +236,7 @@ class SharedExecution:
 
         **Cancellation:** by the last member that leaves, or by unload, which cancels every member first.
         """
+        self.task = trio.lowlevel.current_task()
         request = self._request
         try:
             with self.scope.cancel_scope:
@@ -203,25 +245,26 @@ class SharedExecution:
                 self._answer(Answer(response.outputs, response.parameters))
         except TritonError as exc:
             self._fail(exc)
+        except Exception as exc:
+            # A bug of ours.  Without this execution it would have cost one RPC, and here it would cost the server.
+            LOGGER.exception("%s failed", self)
+            self._fail(InternalError(f"{request.label}{type(exc).__name__}: {exc}"))
         finally:
             self._executions.forget(self)
 
     def _answer(self, answer: Answer) -> None:
         kept = self._executions.keep(self, answer)
-        for member in self._take_members():
-            if member.generation != self._first:
-                self._executions.count_shared()
-            self._executions.deliver(member, kept)
+        for number, member in enumerate(self._take_members()):
+            # One of them is whom it was executed for, in the books: of those who are still there, the first.
+            self._executions.deliver(member, kept, cached=number > 0)
 
     def _fail(self, error: TritonError) -> None:
         request = self._request
         event = Event.FAIL if request.outcome is None else _EVENTS.get(request.outcome, Event.FAIL)
         for member in self._take_members():
             member.failed_at = request.failed_at
-            # The text may begin with the label of the request that was executed.
-            message = error.message
-            if message.startswith(request.label):
-                message = member.label + message.removeprefix(request.label)
+            # The text may have the label of the request that was executed, at the front or after an ensemble's name.
+            message = error.message.replace(request.label, member.label)
             member.fail_nowait(type(error)(message, *error.args[1:]), event, request.reason)
 
     def _take_members(self) -> Iterator[InferenceRequest]:
