@@ -178,7 +178,7 @@ class Model(ABC):
         )
 
     async def infer(self, request: InferenceRequest | Mapping[str, Array]) -> InferenceResponse:
-        """Run one request and return its response.
+        """Run one request and return its response; its arrays are read-only if the model's responses are cached.
 
         Args:
           request: from :meth:`request`, or just the inputs: arrays by tensor name, with a batch dimension first if

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,44 @@ async def test_requests_share_a_batch_and_leave_it_one_by_one(tmp_path: Path) ->
             ]
             await until(lambda: model.counters.execution_count == 1)
             assert server.ready
+
+
+async def test_equal_requests_share_an_execution_on_the_device_until_the_last_has_left(tmp_path: Path) -> None:
+    config = COUNTDOWN_CONFIG + "dynamic_batching {} response_cache { enable: true }"
+    write_model(tmp_path, COUNTDOWN, config, max_batch_size=1, ladder=1)
+    gate = DeviceGate()
+    with trio.fail_after(30):
+        async with triton_trio.open_server(
+            tmp_path, backends={"jax": lambda: JaxBackend(executor=gate.executor)}, cache_size=1 << 20
+        ) as server:
+            model = server.model("m")
+            first, second, *others = [model.request(countdown(6)) for _ in range(4)]
+            made: list[bytes] = []
+
+            async def client(request: triton_trio.InferenceRequest) -> None:
+                with suppress(triton_trio.RequestCancelled):
+                    made.append((await model.infer(request)).outputs["Y"].tobytes())
+
+            async with trio.open_nursery() as clients:
+                clients.start_soon(client, first)
+                clients.start_soon(client, second)
+                await gate.wait_dispatched(2)
+                first.cancel(Reason.ADMIN)
+                gate.let_end()
+                await gate.wait_dispatched(3)  # for the one that is left
+                second.cancel(Reason.ADMIN)
+                gate.let_end(2)
+            await until(lambda: model.counters.execution_count == 1)
+            assert gate.dispatched == 3
+            async with trio.open_nursery() as clients:
+                for request in others:
+                    clients.start_soon(client, request)
+                await gate.wait_dispatched(5)
+                others[0].cancel(Reason.ADMIN)
+                gate.open()
+            await client(model.request(countdown(6)))
+            assert len(made) == 2 and made[0] == made[1]
+            assert (model.counters.cache_miss.count, model.counters.cache_hit.count) == (1, 1)
 
 
 async def test_a_stream_of_steps_is_left_early(tmp_path: Path) -> None:
