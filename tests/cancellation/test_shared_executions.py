@@ -333,17 +333,24 @@ async def test_B1_in_one_tick(serve: Serve, names: tuple[str, ...]) -> None:
             assert all(call.outcome is not None for call in calls)
 
 
-@pytest.mark.parametrize("config", [CONFIG, scripted_config(max_batch_size=4, batching="", more=CACHED)])
-async def test_A6_B3_a_cancel_at_every_point_beside_one_that_shares(tmp_path: Path, config: str) -> None:
+MODELS = {
+    "default": {"shared": CONFIG},
+    "batching": {"shared": scripted_config(max_batch_size=4, batching="", more=CACHED)},
+    "ensemble": {"m": scripted_config(), "shared": ENSEMBLE},
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+async def test_A6_B3_a_cancel_at_every_point_beside_one_that_shares(tmp_path: Path, kind: str) -> None:
     numbers = iter(range(10_000))
-    rows = None if "max_batch_size: 0" in config else 1
+    rows = 1 if kind == "batching" else None
     shape = (2,) if rows is None else (1, 2)
 
     async def scenario(victim: Victim) -> None:
         backend = ScriptedBackend(automatic=True)
         directory = tmp_path / str(next(numbers))
-        async with open_test_server(directory, {"m": config}, backend, cache_size=SIZE) as server:
-            model = server.model("m")
+        async with open_test_server(directory, MODELS[kind], backend, cache_size=SIZE) as server:
+            model = server.model("shared")
             request = model.request({"INPUT0": np.full(shape, 5, np.float32)}, request_id="victim")
             async with calling(model) as callers:
                 before = callers.start("before", value=5, rows=rows)
