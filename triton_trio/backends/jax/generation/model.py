@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractContextManager, asynccontextmanager
-from functools import partial
 from typing import TYPE_CHECKING
 
 import jax
@@ -12,28 +11,23 @@ import trio
 
 from ....errors import InvalidArgument
 from ....groups import WithoutGroups
-from ...base import BackendInstance, BackendModel, ModelContext
+from ...base import BackendModel, ModelContext
 from ...base import Placement as InstancePlacement
 from ..controller import ChunkController
 from ..device import DeviceThread
 from .engine import EngineStatistics, SlotEngine, SlotPrograms
+from .instance import TextInstance
 from .options import TextOptions
 from .placement import Placement
 from .programs import Compiled, LlamaPrograms, slot_spec
-from .request import TextRequest, answer, check
-from .schedule import Generation, SlotSchedule
-from .text import StopFilter
+from .request import check
+from .schedule import SlotSchedule
 from .tokenizer import Tokenizer
 from .weights import Checkpoint, load_params, open_checkpoint
 
 if TYPE_CHECKING:
-    from ....batch import Batch, Member
     from ....config import ModelConfig
     from .llama import Params
-
-
-#: Bytes of a text that are cut into tokens on the spot, within a millisecond.
-LONG = 8192
 
 
 def is_language_model(config: ModelConfig) -> bool:
@@ -45,73 +39,6 @@ def is_language_model(config: ModelConfig) -> bool:
             f"in model.py; got '{found}'"
         )
     return found is not None
-
-
-class TextInstance(BackendInstance):
-    """One slot."""
-
-    def __init__(self, engine: SlotEngine, slot: int, loaded: LoadedModel) -> None:
-        self._engine = engine
-        self._slot = slot
-        self._loaded = loaded
-
-    def statistics(self) -> EngineStatistics:
-        """Of the model on this device, which all its slots share."""
-        return self._engine.statistics()
-
-    def abandon(self) -> None:
-        self._engine.abandon()
-
-    async def execute(self, batch: Batch) -> None:
-        """Make one text.
-
-        **Cancellation:** before and after a long text is cut into tokens; then see :meth:`SlotEngine.open_generation`.
-        """
-        (member,) = batch.members
-        spec = self._loaded.programs.spec
-        read = partial(TextRequest.read, member.inputs, spec, self._loaded.tokenizer, member.request.label)
-        # The event loop can spare what a short text takes, and a long one is left to a thread.
-        long = any(len(item) > LONG for name in ("text_input", "messages") for item in member.inputs.get(name, ()))
-        asked = await trio.to_thread.run_sync(read) if long else read()
-        batch.compute_infer_at = trio.current_time()
-        generation = None
-        try:
-            async with self._engine.open_generation(self._slot, asked.prompt, asked.settings) as generation:
-                await self._write(batch, member, asked, generation)
-        finally:
-            if generation is not None:
-                wasted = generation.seconds_after_leaving
-                batch.charge(member, generation.device_seconds - wasted, wasted=False)
-                batch.charge(member, wasted, wasted=True)
-                member.steps_after_cancel += generation.steps_after_leaving
-
-    async def _write(self, batch: Batch, member: Member, asked: TextRequest, generation: Generation) -> None:
-        stream, stops = self._loaded.tokenizer.stream(), StopFilter(asked.stops)
-        ends = self._loaded.programs.spec.end_tokens
-        parts: list[str] = []
-        ids: list[int] = []
-        logs: list[float] = []
-        reason = ""
-        while not reason:
-            for token in await self._engine.tokens(generation):
-                ids.append(token.id)
-                logs.append(token.log_probability)
-                parts.append(stops.add(stream.add(token.id)))
-                if token.last:
-                    parts.append(stops.add(stream.finish()))
-                if stops.stopped or token.last:
-                    reason = "stop" if stops.stopped or token.id in ends else "length"
-                    break
-            batch.compute_output_at = batch.compute_output_at or trio.current_time()
-            if reason:
-                parts.append(stops.finish())
-            if reason or (batch.decoupled and asked.stream):
-                outputs = answer("".join(parts), ids, logs, reason)
-                parts, ids, logs = [], [], []
-                if batch.decoupled:
-                    await batch.send(member, outputs, final=bool(reason))
-                else:
-                    batch.respond(member, outputs)
 
 
 class LoadedModel:
@@ -191,7 +118,7 @@ class LlamaModel(BackendModel):
                 f"model '{self._context.config.name}': its slots on {device} are all of one instance; leave count at 1, "
                 "and let the parameter slots say how many texts are made side by side"
             )
-        return TextInstance(loaded.engine, slot, loaded)
+        return TextInstance(loaded.engine, slot, loaded.tokenizer)
 
     def _engine(self, loaded: LoadedModel, thread: DeviceThread) -> SlotEngine:
         name = self._context.config.name

@@ -1,0 +1,88 @@
+"""One request's text: a slot of the engine, as an instance."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import TYPE_CHECKING
+
+import trio
+
+from ...base import BackendInstance
+from .engine import EngineStatistics, SlotEngine
+from .request import TextRequest, answer
+from .text import StopFilter
+
+if TYPE_CHECKING:
+    from ....batch import Batch, Member
+    from .schedule import Generation
+    from .tokenizer import Tokenizer
+
+#: Bytes of a text that are cut into tokens on the spot, within a millisecond.
+LONG = 8192
+
+
+class TextInstance(BackendInstance):
+    """One slot."""
+
+    def __init__(self, engine: SlotEngine, slot: int, tokenizer: Tokenizer) -> None:
+        self._engine = engine
+        self._slot = slot
+        self._tokenizer = tokenizer
+
+    def statistics(self) -> EngineStatistics:
+        """Of the model on this device, which all its slots share."""
+        return self._engine.statistics()
+
+    def abandon(self) -> None:
+        self._engine.abandon()
+
+    async def execute(self, batch: Batch) -> None:
+        """Make one text.
+
+        **Cancellation:** before and after a long text is cut into tokens; then see :meth:`SlotEngine.open_generation`.
+        """
+        (member,) = batch.members
+        spec = self._engine.programs.spec
+        read = partial(TextRequest.read, member.inputs, spec, self._tokenizer, member.request.label)
+        # The event loop can spare what a short text takes, and a long one is left to a thread.
+        long = any(len(item) > LONG for name in ("text_input", "messages") for item in member.inputs.get(name, ()))
+        asked = await trio.to_thread.run_sync(read) if long else read()
+        batch.compute_infer_at = trio.current_time()
+        generation = None
+        try:
+            async with self._engine.open_generation(self._slot, asked.prompt, asked.settings) as generation:
+                await self._write(batch, member, asked, generation)
+        finally:
+            if generation is not None:
+                wasted = generation.seconds_after_leaving
+                batch.charge(member, generation.device_seconds - wasted, wasted=False)
+                batch.charge(member, wasted, wasted=True)
+                member.steps_after_cancel += generation.steps_after_leaving
+
+    async def _write(self, batch: Batch, member: Member, asked: TextRequest, generation: Generation) -> None:
+        stream, stops = self._tokenizer.stream(), StopFilter(asked.stops)
+        ends = self._engine.programs.spec.end_tokens
+        parts: list[str] = []
+        ids: list[int] = []
+        logs: list[float] = []
+        reason = ""
+        while not reason:
+            for token in await self._engine.tokens(generation):
+                ids.append(token.id)
+                logs.append(token.log_probability)
+                parts.append(stops.add(stream.add(token.id)))
+                if token.last:
+                    parts.append(stops.add(stream.finish()))
+                if stops.stopped or token.last:
+                    reason = "stop" if stops.stopped or token.id in ends else "length"
+                    break
+            batch.compute_output_at = batch.compute_output_at or trio.current_time()
+            if reason:
+                parts.append(stops.finish())
+            if reason or (batch.decoupled and asked.stream):
+                outputs = answer("".join(parts), ids, logs, reason)
+                parts, ids, logs = [], [], []
+                if batch.decoupled:
+                    await batch.send(member, outputs, final=bool(reason))
+                else:
+                    batch.respond(member, outputs)
