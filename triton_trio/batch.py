@@ -16,11 +16,14 @@ import trio
 
 from .errors import InternalError, TritonError
 from .lifecycle import Event
+from .member import Cohort as Cohort
+from .member import Member as Member
 from .request import InferenceRequest, InferenceResponse, NullRequest, ParameterValue
 from .scopes import BatchScope, Reason
 
 if TYPE_CHECKING:
     from .request import Array
+    from .scheduling import Joining
 
 #: Hands an action on a request over to whoever decides when responses go out (``preserve_ordering``).
 Hand = Callable[[InferenceRequest, Callable[[], None]], None]
@@ -29,84 +32,6 @@ Reshape = Callable[["Mapping[str, Array]"], "Mapping[str, Array]"]
 
 #: Keeps the state tensors of an answer for the sequence's next request, and returns the others.
 TakeStates = Callable[[InferenceRequest, "Mapping[str, Array]"], "Mapping[str, Array]"]
-
-
-class Member:
-    """One request's part in a batch: its inputs, its rows ``[start, stop)``, and whether anybody still wants them."""
-
-    __slots__ = (
-        "_on_released",
-        "kept",
-        "left_at",
-        "queue_seconds",
-        "released",
-        "request",
-        "saved_seconds",
-        "scope",
-        "seconds_after_cancel",
-        "served",
-        "start",
-        "steps_after_cancel",
-        "stop",
-        "useful_seconds",
-        "wasted_seconds",
-    )
-
-    def __init__(self, request: InferenceRequest, start: int, on_released: Callable[[Member], None]) -> None:
-        # Not the batch, which has the members: a cycle would keep all their tensors until the garbage is collected.
-        self._on_released = on_released
-        self.request = request
-        self.start = start
-        self.stop = start + request.batch_size
-        self.served = False
-        #: How long it has waited for this execution.  Kept, for the request may be queued again before the execution ends.
-        self.queue_seconds = 0.0
-        self.left_at: float | None = None
-        #: Cancelled, and its row goes on all the same: for its sequence's state, where the configuration says so.
-        self.kept = False
-        self.released = False
-        #: From the cancel until the device had let go.
-        self.seconds_after_cancel = 0.0
-        #: A backend that runs each member in a scope of its own puts it here: cancelled when the member leaves.
-        self.scope: trio.CancelScope | None = None
-        #: Device steps dispatched or finished for this member after it was cancelled; the backend counts them.
-        self.steps_after_cancel = 0
-        # Device time; see Batch.charge().
-        self.useful_seconds = 0.0
-        self.wasted_seconds = 0.0  #: of programs that had not ended when the member left
-        self.saved_seconds = 0.0  #: the backend's estimate of what it would have gone on to take
-
-    def __repr__(self) -> str:
-        state = "served" if self.served else "live" if self.live else "left"
-        return f"<Member rows {self.start}:{self.stop} of {self.request!r} {state}>"
-
-    @property
-    def inputs(self) -> Mapping[str, Array]:
-        """Arrays by tensor name; with a batching model the first dimension has ``stop - start`` rows."""
-        return self.request.inputs
-
-    @property
-    def ready(self) -> bool:
-        """False for a row that no request fills (Triton's READY control)."""
-        return not isinstance(self.request, NullRequest)
-
-    @property
-    def live(self) -> bool:
-        """True while the request waits for (more of) its result."""
-        return not self.served and (self.left_at is None or self.kept)
-
-    @property
-    def can_send(self) -> bool:
-        """False while the reader is behind: leave this row out of the next step instead of buffering for it."""
-        return self.request.can_send
-
-    def release(self) -> None:
-        """The device holds nothing for this member any more.  Idempotent; the instance calls it at the latest."""
-        if not self.released:
-            self.released = True
-            if self.left_at is not None:
-                self.seconds_after_cancel = trio.current_time() - self.left_at
-            self._on_released(self)
 
 
 class Batch:
@@ -124,25 +49,28 @@ class Batch:
       hand: gets every response and failure to pass on, in preserve_ordering's order; None passes them on at once.
       on_released: told when a member's device resources are free.
       on_abandoned: told when the last member has left and the execution has been cancelled.
+      on_ended: told when nothing is left to do or to count for a cohort, of its members.
+      joining: whom :meth:`join` asks; None: nobody joins.
     """
 
     __slots__ = (
         "_by_request",
+        "_first",
         "_hand",
+        "_joining",
         "_keep_cancelled",
         "_on_abandoned",
+        "_on_ended",
+        "_on_released",
         "_on_rescheduled",
         "_output_names",
         "_reshape",
+        "_signature",
         "_take_states",
-        "compute_infer_at",
-        "compute_output_at",
         "decoupled",
         "device_seconds",
-        "formed_at",
         "members",
         "name",
-        "rows",
         "scope",
     )
 
@@ -160,51 +88,125 @@ class Batch:
         on_released: Callable[[Member], None] = lambda member: None,
         on_rescheduled: Callable[[Member], None] | None = None,
         on_abandoned: Callable[[Batch], None] = lambda batch: None,
+        on_ended: Callable[[Cohort, Sequence[Member]], None] = lambda cohort, members: None,
+        joining: Joining | None = None,
     ) -> None:
         self.name = name
         self.decoupled = decoupled
         self._on_abandoned = on_abandoned
+        self._on_ended = on_ended
+        self._on_released = on_released
+        self._joining = joining
+        self._signature = requests[0].signature
         self._output_names = output_names
         self._on_rescheduled = on_rescheduled
         self._reshape = reshape
         self._take_states = take_states
         self._keep_cancelled = keep_cancelled
         self._hand = hand
-        self.formed_at = trio.current_time()
-        #: Set by the backend when inputs are on the device / results start to come back; for the statistics.
-        self.compute_infer_at = 0.0
-        self.compute_output_at = 0.0
         self.device_seconds = 0.0
-        members = []
-        rows = 0
-        for request in requests:
-            member = Member(request, rows, on_released)
-            rows = member.stop
-            members.append(member)
-            if isinstance(request, NullRequest):
-                member.served = True
-                continue
-            request.place = self
-            request.bound_at = self.formed_at
-            member.queue_seconds = self.formed_at - request.enqueued_at
-            request.advance(Event.BIND)
-        self.members = tuple(members)
-        self.rows = rows
-        self._by_request = dict(zip(requests, members, strict=True))
-        self.scope: BatchScope[InferenceRequest] = BatchScope(member.request for member in members if not member.served)
+        #: In the order in which they came; another tuple when somebody joins, or has been retired.
+        self.members: tuple[Member, ...] = ()
+        self._by_request: dict[InferenceRequest, Member] = {}
+        self.scope: BatchScope[InferenceRequest] = BatchScope()
+        self._first = self._add(requests)
 
     def __repr__(self) -> str:
         return f"<Batch {self.name} {len(self.scope)}/{len(self.members)} live, {self.rows} rows>"
+
+    @property
+    def rows(self) -> int:
+        """Of all members, whether they are still there or not."""
+        return sum(member.stop - member.start for member in self.members)
+
+    @property
+    def compute_infer_at(self) -> float:
+        """When the inputs of those that the batch was formed of were on the device; set by the backend."""
+        return self._first.compute_infer_at
+
+    @compute_infer_at.setter
+    def compute_infer_at(self, at: float) -> None:
+        self._first.compute_infer_at = at
+
+    @property
+    def compute_output_at(self) -> float:
+        """When their results started to come back; set by the backend."""
+        return self._first.compute_output_at
+
+    @compute_output_at.setter
+    def compute_output_at(self, at: float) -> None:
+        self._first.compute_output_at = at
 
     def live(self) -> Iterator[Member]:
         """Members who still want their result, in row order."""
         return (member for member in self.members if member.live)
 
     def stack(self, name: str) -> Array:
-        """The input ``name`` of all members, concatenated along the batch dimension (shape ``[rows, ...]``)."""
-        if len(self.members) == 1:
-            return self.members[0].inputs[name]
-        return np.concatenate([member.inputs[name] for member in self.members])
+        """The input ``name`` of those that the batch was formed of, concatenated along the batch dimension."""
+        return self.stack_of(self._first, name)
+
+    def stack_of(self, cohort: Cohort, name: str) -> Array:
+        """The same of another cohort; shape ``[cohort.rows, ...]``."""
+        arrays = [member.inputs[name] for member in self.members if member.cohort is cohort]
+        return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+
+    # Who comes and goes
+
+    def join(self, rows: int) -> tuple[Member, ...]:
+        """Let queued requests have ``rows`` rows that nobody needs any more; sync.
+
+        From this moment they are members like the others.  Nobody joins an execution that was cancelled, or that nobody
+        waits for any more; else the scheduler decides (see :class:`~triton_trio.scheduling.Joining`).
+
+        Returns:
+          The new members; mostly none.
+        """
+        if self._joining is None or not len(self.scope):
+            return ()
+        requests = self._joining.take_nowait(self._signature, rows)
+        if not requests:
+            return ()
+        cohort = self._add(requests)
+        cohort.compute_infer_at = cohort.began_at
+        return self.members[-len(requests) :]
+
+    def retire(self, member: Member) -> Sequence[Member]:
+        """All of ``member`` has been counted and released.  Called once; the instance does it at the latest.
+
+        Returns:
+          The members of its cohort, if it was the last of them: the batch has forgotten them.
+        """
+        cohort = member.cohort
+        cohort.unretired -= 1
+        if cohort.unretired:
+            return ()
+        ended = tuple(member for member in self.members if member.cohort is cohort)
+        self.members = tuple(member for member in self.members if member.cohort is not cohort)
+        for member in ended:
+            self._by_request.pop(member.request, None)
+        self._on_ended(cohort, ended)
+        return ended
+
+    def _add(self, requests: Sequence[InferenceRequest]) -> Cohort:
+        now = trio.current_time()
+        cohort = Cohort(now)
+        members = []
+        for request in requests:
+            member = Member(request, cohort, cohort.rows, self._on_released)
+            members.append(member)
+            cohort.rows = member.stop
+            cohort.unretired += 1
+            if isinstance(request, NullRequest):
+                member.served = True
+                continue
+            self._by_request[request] = member
+            request.place = self
+            request.bound_at = now
+            member.queue_seconds = now - request.enqueued_at
+            request.advance(Event.BIND)
+            self.scope.join(request)
+        self.members += tuple(members)
+        return cohort
 
     # A member's cancel comes in here, from the abort function of its own task
 
@@ -344,8 +346,11 @@ class Batch:
             kind, args = type(error), error.args
             self._hand(request, lambda: request.fail_nowait(kind(*args)))
 
-    async def wait_can_send(self) -> None:
+    async def wait_can_send(self, *, or_arrival: bool = False) -> None:
         """Wait until at least one live member's reader has caught up.
+
+        Args:
+          or_arrival: or until :meth:`join` is worth another try.
 
         **Cancellation:** a checkpoint of the execution; nothing is left behind.
         """
@@ -359,9 +364,16 @@ class Batch:
                 await member.request.wait_can_send()
                 nursery.cancel_scope.cancel(reason="a reader caught up")
 
+            async def wait_arrival(joining: Joining) -> None:
+                await joining.wait_arrival()
+                nursery.cancel_scope.cancel(reason="the queue has changed")
+
             for member in live:
                 # Owner: this nursery; the first reader to catch up cancels the others.
                 nursery.start_soon(wait, member, name=f"reader of request #{member.request.generation}")
+            if or_arrival and self._joining is not None:
+                # Owner: this nursery; a reader that catches up cancels it.
+                nursery.start_soon(wait_arrival, self._joining, name="arrival of somebody who may join")
 
     # Inside
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from .batch import Batch, Hand, Member, Reshape
+from .batch import Batch, Cohort, Hand, Member, Reshape
 from .errors import InternalError, TritonError
 from .observe.cancel_log import log_cancelled
 from .scheduling import Seat
@@ -136,6 +136,8 @@ class ModelInstance:
             on_released=self._on_released,
             on_rescheduled=self._on_rescheduled if scheduler.reschedules else None,
             on_abandoned=self.watch_release,
+            on_ended=self._on_ended,
+            joining=scheduler.joining(self.seat),
         )
         self.state = InstanceState.EXECUTING
         try:
@@ -155,9 +157,9 @@ class ModelInstance:
                     # Only a cancel from above (unload, shutdown) gets here with somebody still waiting.
                     member.request.cancel(Reason.MODEL_UNLOADING)
                 member.release()
+                batch.retire(member)
             self.batch = None
             self.executions += 1
-            self.model.counters.count_execution(batch, trio.current_time(), time.time())
             if self.state is InstanceState.EXECUTING:
                 self.state = InstanceState.IDLE
             if self._released is not None:
@@ -195,6 +197,9 @@ class ModelInstance:
             log_cancelled(member.request, member)
         if member.ready:
             self.model.scheduler.released(member.request)
+
+    def _on_ended(self, cohort: Cohort, members: Sequence[Member]) -> None:
+        self.model.counters.count_execution(cohort, members, trio.current_time(), time.time())
 
     def _on_rescheduled(self, member: Member) -> None:
         self.model.scheduler.rescheduled(member.request)

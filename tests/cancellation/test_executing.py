@@ -218,10 +218,10 @@ async def test_B6_late_completions_are_dropped_and_the_next_request_is_fine(serv
         call = await callers.call("a")
         batch = model.instances[0].batch
         assert batch is not None
+        (member,) = batch.members
         call.leave()
         await wait_all_tasks_blocked()
         # Such as from a thread that comes back after everybody has gone.
-        (member,) = batch.members
         batch.respond(member, {"OUTPUT0": np.zeros(2, np.float32)})
         batch.fail(member, InternalError("late"))
         member.release()

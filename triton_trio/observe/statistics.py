@@ -7,11 +7,12 @@ request is admitted, a request is settled, an execution has ended), each of them
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ..batch import Batch
 from ..lifecycle import Outcome, Stage
+from ..member import Cohort, Member
 from ..request import InferenceRequest
 
 
@@ -56,7 +57,7 @@ class ModelCounters:
     reasons: Counter[tuple[str, str]] = field(default_factory=Counter)  #: cancelled, by (reason, stage)
     failures: Counter[FailureReason] = field(default_factory=Counter)
     inference_count: int = 0  #: rows of successful requests that were executed
-    execution_count: int = 0  #: executions that began
+    execution_count: int = 0  #: batches that were executed, and groups of requests that joined one
     last_inference: float = 0.0  #: seconds since the epoch
     success: Duration = field(default_factory=Duration)
     fail: Duration = field(default_factory=Duration)
@@ -92,20 +93,20 @@ class ModelCounters:
             if request.reason is not None:
                 self.reasons[request.reason.value, request.stage.value] += 1
 
-    def count_execution(self, batch: Batch, now: float, wall: float) -> None:
-        """An execution has ended at ``now`` (Trio's clock); ``wall`` is the time of day."""
+    def count_execution(self, cohort: Cohort, members: Sequence[Member], now: float, wall: float) -> None:
+        """An execution has ended at ``now`` (Trio's clock) for those who began it together; ``wall`` is the time of day."""
         self.execution_count += 1
         self.last_inference = wall
-        infer_at = batch.compute_infer_at or batch.formed_at
-        output_at = batch.compute_output_at or now
-        durations = (infer_at - batch.formed_at, output_at - infer_at, now - output_at)
-        per_size = self.by_batch_size.get(batch.rows)
+        infer_at = cohort.compute_infer_at or cohort.began_at
+        output_at = cohort.compute_output_at or now
+        durations = (infer_at - cohort.began_at, output_at - infer_at, now - output_at)
+        per_size = self.by_batch_size.get(cohort.rows)
         if per_size is None:
-            per_size = self.by_batch_size[batch.rows] = BatchDurations()
+            per_size = self.by_batch_size[cohort.rows] = BatchDurations()
         per_size.compute_input.add(durations[0])
         per_size.compute_infer.add(durations[1])
         per_size.compute_output.add(durations[2])
-        for member in batch.members:
+        for member in members:
             self.device_seconds_after_cancel += member.seconds_after_cancel
             self.device_seconds_useful += member.useful_seconds
             self.device_seconds_wasted += member.wasted_seconds

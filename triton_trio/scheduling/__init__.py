@@ -10,6 +10,7 @@ from ..errors import InvalidArgument
 from .default import DefaultScheduler as DefaultScheduler
 from .direct import DirectBatcher as DirectBatcher
 from .dynamic_batcher import DynamicBatcher as DynamicBatcher
+from .joining import Joining as Joining
 from .oldest import OldestBatcher as OldestBatcher
 from .queue import QueuePolicy as QueuePolicy
 from .queue import QueueStatistics as QueueStatistics

@@ -7,12 +7,19 @@ cost does not grow with the queue.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import trio
 
 from ..request import InferenceRequest
+from .joining import Joining
 from .ordering import ResponseOrder
 from .queue import INF, RequestQueue
 from .queue_scheduler import QueueScheduler
 from .scheduler import Seat
+
+if TYPE_CHECKING:
+    from .rate_limiter import Permit
 
 
 class DynamicBatcher(QueueScheduler):
@@ -40,6 +47,7 @@ class DynamicBatcher(QueueScheduler):
         self.preferred_sizes = frozenset(preferred_sizes or (max_batch_size,))
         self._max_preferred = max(self.preferred_sizes)
         self.max_queue_delay = max_queue_delay
+        self.changed = trio.lowlevel.ParkingLot()  #: executions that wait for somebody to join them
         if preserve_ordering:
             self.order = ResponseOrder()
 
@@ -55,6 +63,40 @@ class DynamicBatcher(QueueScheduler):
             # More is waiting than this batch takes, and another instance has nothing to do.
             self._wake()
         return taken, again_at
+
+    def joining(self, seat: Seat) -> Joining:
+        return Joining(self, seat)
+
+    def take_head(self, signature: object, rows: int) -> Sequence[InferenceRequest]:
+        """Requests from the head of the queue, while they have ``signature`` and fit into ``rows`` rows.
+
+        For an execution that goes on anyway: there is no reason to wait for company, or for a preferred size.
+        """
+        taken: list[InferenceRequest] = []
+        for request in self.queue:
+            if request.batch_size > rows or request.signature != signature:
+                break
+            taken.append(request)
+            rows -= request.batch_size
+        for request in taken:
+            self.queue.remove(request)
+        if taken:
+            if self._in_line:
+                self._leave_line()
+            self._look_again()
+        return taken
+
+    def permits_in_line(self) -> list[Permit]:
+        """Of this model's own instances."""
+        return [seat.permit for seat in self._in_line.values() if seat.permit is not None]
+
+    def enqueue(self, request: InferenceRequest) -> None:
+        super().enqueue(request)
+        self.changed.unpark_all()
+
+    def _look_again(self) -> None:
+        super()._look_again()
+        self.changed.unpark_all()
 
     def _choose(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
         # Take requests in order while they fit and have the same shape.  Then, in this order:

@@ -18,7 +18,7 @@ A wake-up is only the advice to look again; nothing is held until the one who lo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import count
@@ -104,6 +104,12 @@ class Permit:
     def waiting(self) -> bool:
         """In the line."""
         return self in self._limiter._line
+
+    def wanted(self, *, besides: Collection[Permit] = ()) -> bool:
+        """Whether one in the line, ``besides`` those, needs something of what this one holds."""
+        return any(
+            permit not in besides and not self._needs.keys().isdisjoint(permit._needs) for permit in self._limiter._line
+        )
 
     def acquire_nowait(self) -> bool:
         """Take everything, if it is free and nobody better in the line wants it; otherwise stand in the line."""

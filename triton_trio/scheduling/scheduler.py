@@ -20,6 +20,7 @@ from .ordering import ResponseOrder
 if TYPE_CHECKING:
     from ..request import Array, InferenceRequest
     from ..scopes import Reason, SequenceEnd
+    from .joining import Joining
     from .queue import QueueStatistics
     from .rate_limiter import Permit
 
@@ -148,6 +149,10 @@ class Scheduler(ABC):
 
     def take_states(self, request: InferenceRequest, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
         raise NotImplementedError
+
+    def joining(self, seat: Seat) -> Joining | None:
+        """How queued requests join what ``seat`` executes; None: they wait until it is over."""
+        return None
 
     # Wait
 

@@ -93,6 +93,16 @@ class Execution:
 
         self._send.send_nowait(command)
 
+    def join(self, rows: int) -> None:
+        """Let waiting requests have ``rows`` rows."""
+
+        def command() -> bool:
+            for member in self._running.join(rows):
+                self.members += (member.request.request_id,)
+            return False
+
+        self._send.send_nowait(command)
+
     def end(self) -> None:
         """Return without answering."""
         self._send.send_nowait(lambda: True)
@@ -205,7 +215,7 @@ class ScriptedBackend(Backend):
         """The outputs of ``member``: ``compute`` of input *n* becomes output *n*.  Override it for a model of your own."""
         outputs = {}
         for name in member.inputs:
-            stacked = self.compute(batch.stack(name))
+            stacked = self.compute(batch.stack_of(member.cohort, name))
             rows = stacked[member.start : member.stop] if self.batches(member.request) else stacked
             outputs[name.replace("IN", "OUT", 1)] = rows
         return outputs

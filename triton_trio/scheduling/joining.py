@@ -1,0 +1,40 @@
+"""Requests that join an execution under way: who may, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from ..request import InferenceRequest
+    from .dynamic_batcher import DynamicBatcher
+    from .scheduler import Seat
+
+
+class Joining:
+    """For one execution of ``seat``: the way from the queue into it.
+
+    An execution that others can join may go on for as long as there are requests, so nobody must wait for its end:
+
+    * The queue's order holds.  Requests join from its head only, so one that does not fit (another shape, more rows than
+      are free) keeps all behind it from joining, and the execution runs dry for it.
+    * Nobody joins while another model's instance waits for what this one holds of the rate limiter's resources.
+    """
+
+    def __init__(self, batcher: DynamicBatcher, seat: Seat) -> None:
+        self._batcher = batcher
+        self._seat = seat
+
+    def take_nowait(self, signature: object, rows: int) -> Sequence[InferenceRequest]:
+        """Requests for up to ``rows`` rows, of the execution's signature; they are in the queue no more."""
+        permit = self._seat.permit
+        if permit is not None and permit.wanted(besides=self._batcher.permits_in_line()):
+            return ()
+        return self._batcher.take_head(signature, rows)
+
+    async def wait_arrival(self) -> None:
+        """Wait until the queue has changed, so that somebody may be able to join who could not before.
+
+        **Cancellation:** only the wait ends.
+        """
+        await self._batcher.changed.park()
