@@ -38,6 +38,9 @@ class JaxOptions:
     ``compact_to``
         the smallest bucket that a batch moves to when its rows have left or are done, 2 by default: in a bucket of 1 many
         programs round differently.  ``max_batch_size`` keeps every batch in the bucket where it began.
+    ``join``
+        ``false``: queued requests do not join a running batch.  By default they do, with ``dynamic_batching``: they take
+        rows that nobody needs any more, of the bucket where the batch is.
     ``shapes``
         for models with variable dims: for how many different shapes compiled programs are kept, 16 by default.
     ``warmup``
@@ -58,6 +61,7 @@ class JaxOptions:
     ladder: tuple[int, ...]
     buckets: tuple[int, ...]
     compact_to: int
+    join: bool
     shapes: int
     warmup: bool
     memory_limit: float | None  #: bytes
@@ -98,6 +102,7 @@ class JaxOptions:
             ladder=ladder,
             buckets=buckets,
             compact_to=parameter("compact_to", _count, "a batch size, 1 or more", 2),
+            join=parameter("join", _flag, "'true' or 'false'", True) and config.dynamic_batching is not None,
             shapes=parameter("shapes", _count, "a number of shapes, 1 or more", 16),
             warmup=parameter("warmup", _flag, "'true' or 'false'", True),
             memory_limit=parameter("device_memory_limit_mb", _mebibytes, "a positive number of MiB", None),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ from .programs import ProgramBuilder, ProgramSet, RowShapes, precision, row_aval
 from .turns import row_shapes
 
 if TYPE_CHECKING:
-    from ...batch import Batch
+    from ...batch import Batch, Member
     from ..base import ModelContext
     from .device import DeviceThread
     from .loader import ModelFunctions
@@ -55,6 +55,7 @@ class PlacedStatistics:
     compiles_for_shapes: int  #: while requests waited: the shape was new to a model that takes any
     executions: int
     cancels: int  #: executions that were cancelled
+    joined: int  #: requests that joined an execution under way
     device_seconds: float
     device_seconds_wasted: float  #: of these, programs whose request had left when they ended
     device_seconds_saved: float  #: what cancelled requests would have gone on to take; an estimate
@@ -95,6 +96,7 @@ class PlacedModel:
         self._compiles = self._compiles_after_load = self._compiles_for_shapes = 0
         self._executions = self._cancels = 0
         self._device_seconds = self._wasted_seconds = self._saved_seconds = 0.0
+        self.joined = 0
         self.typical = Typical(options.max_steps)
 
     def statistics(self) -> PlacedStatistics:
@@ -106,6 +108,7 @@ class PlacedModel:
             compiles_for_shapes=self._compiles_for_shapes,
             executions=self._executions,
             cancels=self._cancels,
+            joined=self.joined,
             device_seconds=self._device_seconds,
             device_seconds_wasted=self._wasted_seconds,
             device_seconds_saved=self._saved_seconds,
@@ -131,9 +134,14 @@ class PlacedModel:
             self._cancels += 1
             raise
         finally:
-            self._device_seconds += batch.device_seconds
-            self._wasted_seconds += sum(member.wasted_seconds for member in batch.members)
-            self._saved_seconds += sum(member.saved_seconds for member in batch.members)
+            self.account(batch.members)
+
+    def account(self, members: Iterable[Member]) -> None:
+        """Count the device time of members that get no more of it."""
+        for member in members:
+            self._device_seconds += member.useful_seconds + member.wasted_seconds
+            self._wasted_seconds += member.wasted_seconds
+            self._saved_seconds += member.saved_seconds
 
     # Loading
 

@@ -44,6 +44,9 @@ class ProgramSet:
     chunks: dict[int, Compiled] = field(default_factory=dict)
     #: By the smaller bucket: from carry, flags and the rows to take (int32[smaller]) to carry and flags there.
     compact: dict[int, Compiled] = field(default_factory=dict)
+    #: From carry and flags, those of rows that begin, and which rows these are (bool[bucket]) to carry and flags; None:
+    #: nobody joins.
+    join: Compiled | None = None
     #: Of the program that takes most of it; None until one is compiled, and where the platform does not tell.
     memory: ProgramMemory | None = None
     not_donated: str = ""  #: why chunks copy the carry, if they do
@@ -115,6 +118,10 @@ class ProgramBuilder:
             rows = self._placed((to,), np.dtype(np.int32))
             programs.compact[to] = self._compile(programs, _take_rows, *avals, rows)
 
+        def compile_join() -> None:
+            begin = self._placed((bucket,), np.dtype(bool))
+            programs.join = self._compile(programs, _replace_rows, *avals, *avals, begin, donate=0)
+
         def compile_finish() -> None:
             assert functions.finish is not None
             programs.finish = self._compile(programs, self._lift(functions.finish), self._params, avals[0])
@@ -124,6 +131,8 @@ class ProgramBuilder:
             yield lambda k=k: compile_chunk(k)  # type: ignore[misc]
         for to in {self._options.compacted(bucket, rows) for rows in range(1, bucket)} - {None}:
             yield lambda to=to: compile_compact(to)  # type: ignore[misc]
+        if self._options.join and bucket > 1:
+            yield compile_join
         if functions.finish is not None:
             yield compile_finish
 
@@ -202,6 +211,13 @@ class ProgramBuilder:
 
 def _take_rows(carry: Any, flags: Any, rows: jax.Array) -> Any:
     return jax.tree.map(lambda leaf: leaf[rows], (carry, flags))
+
+
+def _replace_rows(carry: Any, flags: Any, new_carry: Any, new_flags: Any, begin: jax.Array) -> Any:
+    def replace(old: jax.Array, new: jax.Array) -> jax.Array:
+        return jnp.where(_rows(begin, old), new, old)
+
+    return jax.tree.map(replace, (carry, flags), (new_carry, new_flags))
 
 
 def _first(leaf: Any) -> Any:

@@ -8,6 +8,8 @@ server has seen is in the mask of the next program that is dispatched, and a ser
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,7 +19,7 @@ from .accounts import share
 from .device import WINDOW, Turn
 from .job import DeviceJob
 from .programs import precision
-from .turns import Slot, stack_inputs, start_copy, to_host, to_response
+from .turns import Rows, Slot, place_inputs, row_numbers, stack_inputs, start_copy, to_host, to_response
 
 if TYPE_CHECKING:
     from ...batch import Batch, Member
@@ -40,10 +42,14 @@ class StepPlan:
         self.placed = placed
         self.programs = programs  #: of the bucket where the rows are
         self.batch = batch
-        self.slots = [Slot(member) for member in batch.members]
+        #: Another tuple when somebody joins or is retired: the other thread reads it as it was, or as it is.
+        self.slots = tuple(Slot(member) for member in batch.members)
+        # Held by the device thread while it decides who needs rows of which bucket, and by Trio's while somebody joins:
+        # so whoever joins has rows there when it is dispatched.
+        self._lock = threading.Lock()
         self._carry: Any = None
         self._flags: Any = None
-        self._started = False
+        self._started = False  #: from then on others may join
         self._smaller = placed.smaller_sets(batch, programs.bucket)
         self._half_idle = 0  #: chunks in a row that half of the rows had no part in
 
@@ -70,6 +76,24 @@ class StepPlan:
     def _is_done(slot: Slot) -> bool:
         return slot.done or slot.exhausted
 
+    # In the Trio thread
+
+    def let_join(self) -> None:
+        """Offer the rows that nobody needs any more to requests that wait."""
+        if self._started and self.programs.join is not None:
+            with self._lock:
+                free = self.programs.bucket - sum(slot.size for slot in self.slots if slot.member.live)
+                joined = self.batch.join(free) if free else ()
+                self.slots += tuple(Slot(member, joins=True) for member in joined)
+            self.placed.joined += len(joined)
+
+    def retire(self) -> Iterator[Slot]:
+        """Forget those for whom there is nothing to do any more."""
+        retired = [slot for slot in self.slots if slot.settled]
+        if retired:
+            self.slots = tuple(slot for slot in self.slots if slot not in retired)
+        yield from retired
+
     # In the device thread
 
     def next_program(self, turn: StepTurn) -> bool:
@@ -77,22 +101,36 @@ class StepPlan:
             finishing = [slot for slot in self.slots if self._wants_finish(slot) and slot.take()]
             if finishing:
                 return self._dispatch_finish(turn, finishing)
-            # Decided once for both: whoever leaves meanwhile may have a row and make no step, but not the other way.
-            needed = [slot for slot in self.slots if self._wants_steps(slot)]
-            stepping = [slot for slot in needed if not slot.parked and slot.take()]
-            return bool(stepping) and self._dispatch_chunk(turn, stepping, needed)
+            limit, before = self.placed.options.max_steps, self.programs
+            with self._lock:
+                # Decided once for both: whoever leaves meanwhile may have a row and make no step, but not the other way.
+                needed = [slot for slot in self.slots if self._wants_steps(slot)]
+                stepping = [slot for slot in needed if not slot.parked and slot.take()]
+                if not stepping:
+                    return False
+                left = None if limit is None else max(limit - slot.steps for slot in stepping)
+                if self._started:
+                    self.programs = self._smaller_set(sum(slot.size for slot in needed), left) or before
+            began = [slot for slot in needed if slot.began]
+            if self.programs is not before:
+                self._compact(before, began)
+            return self._dispatch_chunk(turn, stepping, began, left, other=self.programs is not before)
 
-    def _dispatch_chunk(self, turn: StepTurn, slots: list[Slot], needed: list[Slot]) -> bool:
+    def _dispatch_chunk(
+        self, turn: StepTurn, slots: list[Slot], began: list[Slot], left: int | None, *, other: bool
+    ) -> bool:
         limit = self.placed.options.max_steps
-        left = None if limit is None else max(limit - slot.steps for slot in slots)
         params = self.placed.params
+        joining = [slot for slot in slots if not slot.began]
         if not self._started:
-            self._started = True
             assert self.programs.init is not None
             inputs = stack_inputs(self.batch, self.placed.config, self.programs.bucket)
             self._carry, self._flags = self.programs.init(params, inputs)
-        elif not self._compact(needed, left):
-            turn.controller = self.programs.controller  # other chunks' time has init or the move in it
+            self._started = True
+        elif joining:
+            self._join(joining, began)
+        elif not other:
+            turn.controller = self.programs.controller  # other chunks' time has init, the move or a join in it
         turn.include(slots, self.programs.bucket)
         keep = np.zeros(self.programs.bucket, bool)
         for slot in slots:
@@ -107,30 +145,52 @@ class StepPlan:
         start_copy((turn.ended, turn.emitted))
         return True
 
-    def _compact(self, needed: list[Slot], left: int | None) -> bool:
-        """Move the rows in need of steps to a smaller bucket, if that pays; True if a program was dispatched for it.
+    def _smaller_set(self, rows: int, left: int | None) -> ProgramSet | None:
+        """The programs of a smaller bucket for the ``rows`` that are needed, if it pays to move there."""
+        smaller = self.placed.options.compacted(self.programs.bucket, rows)
+        if smaller not in self._smaller:
+            self._half_idle = 0
+            return None
+        self._half_idle += 1
+        if self._half_idle <= PATIENCE or (left is not None and left <= self.programs.controller.k):
+            return None
+        self._half_idle = 0
+        return self._smaller[smaller]
+
+    def _compact(self, before: ProgramSet, slots: list[Slot]) -> None:
+        """Move the rows of ``slots`` from there to the bucket where they are to be.
 
         Rows that are done go too: their ``finish`` is on the device already, with the carry of that time.
         """
-        rows = [row for slot in needed for row in range(slot.rows.start, slot.rows.stop)]
-        smaller = self.placed.options.compacted(self.programs.bucket, len(rows))
-        if smaller not in self._smaller:
-            self._half_idle = 0
-            return False
-        self._half_idle += 1
-        if self._half_idle <= PATIENCE or (left is not None and left <= self.programs.controller.k):
-            return False
-        self._half_idle = 0
-        # Padding repeats a real row, as in stack_inputs().
-        source = np.array(rows + rows[:1] * (smaller - len(rows)), np.int32)
+        bucket = self.programs.bucket
+        rows = [row for slot in slots for row in row_numbers(slot.rows)]
+        # Padding repeats a real row, as in stack_inputs(); there is none that is needed if all others have yet to join.
+        source = np.array(rows + (rows[:1] or [0]) * (bucket - len(rows)), np.int32)
         carry, self._carry = self._carry, None
-        self._carry, self._flags = self.programs.compact[smaller](carry, self._flags, source)
-        self.programs = self._smaller[smaller]
+        self._carry, self._flags = before.compact[bucket](carry, self._flags, source)
         start = 0
-        for slot in needed:
-            slot.rows = slice(start, start + slot.rows.stop - slot.rows.start)
-            start = slot.rows.stop
-        return True
+        for slot in slots:
+            slot.rows = slice(start, start + slot.size)
+            start += slot.size
+
+    def _join(self, slots: list[Slot], began: list[Slot]) -> None:
+        """Give ``slots`` rows that ``began`` do not need.
+
+        By the whole bucket's ``init``: so a row is bit for bit what it would be, had it begun with the others.
+        """
+        taken = {row for slot in began for row in row_numbers(slot.rows)}
+        free = [row for row in range(self.programs.bucket) if row not in taken]
+        begin = np.zeros(self.programs.bucket, bool)
+        for slot in slots:
+            slot.rows, free = free[: slot.size], free[slot.size :]
+            slot.began = True
+            begin[slot.rows] = True
+        assert self.programs.init is not None
+        assert self.programs.join is not None
+        inputs = place_inputs(slots, self.placed.config, self.programs.bucket)
+        new_carry, new_flags = self.programs.init(self.placed.params, inputs)
+        carry, self._carry = self._carry, None
+        self._carry, self._flags = self.programs.join(carry, self._flags, new_carry, new_flags, begin)
 
     def _dispatch_finish(self, turn: StepTurn, slots: list[Slot]) -> bool:
         turn.include(slots, self.programs.bucket)
@@ -148,7 +208,7 @@ class StepTurn(Turn):
     def __init__(self, plan: StepPlan) -> None:
         self._plan: StepPlan | None = plan
         self.slots: list[Slot] = []
-        self.rows: list[slice] = []  #: of each slot, in this program; the slot may have moved when the turn is complete
+        self.rows: list[Rows] = []  #: of each slot, in this program; the slot may have moved when the turn is complete
         self.controller: ChunkController | None = None
         #: On the device, until wait() has brought them to the host:
         self.ended: Any = None
@@ -170,6 +230,8 @@ class StepTurn(Turn):
         self.slots = slots
         self.rows = [slot.rows for slot in slots]
         self.width = bucket
+        for slot in slots:
+            slot.programs += 1
 
     def dispatch(self) -> bool:
         assert self._plan is not None
@@ -226,6 +288,10 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
     try:
         async with job:
             while any(member.live for member in batch.members):
+                for slot in plan.retire():
+                    _settle(placed, slot)
+                    placed.account(batch.retire(slot.member))
+                plan.let_join()
                 if job.outstanding < CREDITS and plan.has_work():
                     job.submit(*(StepTurn(plan) for _ in range(CREDITS - job.outstanding)))
                 if job.outstanding:
@@ -235,7 +301,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
                     _take(plan, turn)
                     placed.warn_if_slow(programs)
                 else:
-                    await batch.wait_can_send()  # every row is parked
+                    await batch.wait_can_send(or_arrival=programs.join is not None)  # every row is parked
                 for slot in plan.slots:
                     _flush(batch, slot)
                 await batch.checkpoint()
@@ -250,17 +316,24 @@ async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
         if rest > 0:  # of programs that raised
             share(batch, (), rest)
         for slot in plan.slots:
-            if slot.member.ready:
-                placed.typical.settle(slot.member, slot.steps, completed=slot.done or slot.exhausted)
+            _settle(placed, slot)
+
+
+def _settle(placed: PlacedModel, slot: Slot) -> None:
+    if slot.member.ready:
+        placed.typical.settle(slot.member, slot.steps, completed=slot.done or slot.exhausted)
 
 
 def _take(plan: StepPlan, turn: StepTurn) -> None:
     """Sort the results of one program by member."""
     batched = plan.placed.batched
+    for slot in turn.slots:
+        slot.charged += 1
     live = [(slot, rows) for slot, rows in zip(turn.slots, turn.rows, strict=True) if slot.member.live]
     if turn.outputs is not None:
-        plan.batch.compute_output_at = plan.batch.compute_output_at or trio.current_time()
         for slot, rows in live:
+            cohort = slot.member.cohort
+            cohort.compute_output_at = cohort.compute_output_at or trio.current_time()
             slot.final = to_response(turn.outputs, rows, batched=batched)
             slot.ended = True
     if turn.active is not None:

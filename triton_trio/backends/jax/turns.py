@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -15,11 +15,15 @@ if TYPE_CHECKING:
     from ...request import Array
 
 
+#: Of one member, in a bucket: side by side, or where there was room.
+Rows = slice | list[int]
+
+
 class Slot:
     """One member's rows in a bucket.
 
     ``rows`` is where they are for the next program that is dispatched: the device thread moves them when it compacts the
-    batch.  What a program on the device has made is found where its turn says.
+    batch, and finds room for those that join.  What a program on the device has made is found where its turn says.
 
     ``busy`` counts programs on the device that include the rows.  The device thread raises it *before* it looks whether
     the member is live, and the Trio thread looks at it *after* the member has left: so either the program leaves the rows
@@ -27,7 +31,9 @@ class Slot:
     """
 
     __slots__ = (
+        "began",
         "busy",
+        "charged",
         "done",
         "ended",
         "exhausted",
@@ -36,20 +42,26 @@ class Slot:
         "member",
         "parked",
         "pending",
+        "programs",
         "rows",
+        "size",
         "steps",
     )
 
-    def __init__(self, member: Member) -> None:
+    def __init__(self, member: Member, *, joins: bool = False) -> None:
         self.member = member
+        self.size = member.stop - member.start
         # Of the device thread:
-        self.rows = slice(member.start, member.stop)
+        self.rows: Rows = [] if joins else slice(member.start, member.stop)
+        self.began = not joins  #: it has its rows; false for one that has yet to join
+        self.programs = 0  #: that were made for it
         self.busy = 0
         self.steps = 0  #: dispatched for these rows
         self.done = False  #: all rows are known to be done
         self.exhausted = False  #: max_steps steps were dispatched: they will be done
         self.finishing = False  #: finish was dispatched
         # Of the Trio thread:
+        self.charged = 0  #: of ``programs``, those whose time has been charged
         self.parked = False  #: the reader is behind
         self.pending: deque[dict[str, Array]] = deque()  #: responses that wait for the reader
         self.final: dict[str, Array] | None = None
@@ -67,6 +79,11 @@ class Slot:
         """In the Trio thread."""
         if not self.member.live and not self.busy:
             self.member.release()
+
+    @property
+    def settled(self) -> bool:
+        """There is nothing to do for it any more, and nothing to charge; in the Trio thread."""
+        return self.member.released and self.charged == self.programs
 
 
 def row_shapes(
@@ -103,6 +120,22 @@ def stack_inputs(batch: Batch, config: ModelConfig, bucket: int) -> dict[str, Ar
     return stacked
 
 
+def row_numbers(rows: Rows) -> Sequence[int]:
+    return range(rows.start, rows.stop) if isinstance(rows, slice) else rows
+
+
+def place_inputs(slots: Sequence[Slot], config: ModelConfig, bucket: int) -> dict[str, Array]:
+    """The rows of ``slots``, each where its slot says; all others repeat one of them."""
+    source = np.zeros(bucket, np.intp)
+    start = 0
+    for slot in slots:
+        source[slot.rows] = range(start, start + slot.size)
+        start += slot.size
+    return {
+        spec.name: np.concatenate([slot.member.inputs[spec.name] for slot in slots])[source] for spec in config.inputs
+    }
+
+
 def start_copy(tree: Any) -> None:
     """Begin the copy to the host behind the program, so that the wait for it is over when the program is."""
     for leaf in jax.tree.leaves(tree):
@@ -114,6 +147,6 @@ def to_host(outputs: Mapping[str, Any]) -> dict[str, Array]:
     return {name: np.asarray(value) for name, value in outputs.items()}
 
 
-def to_response(outputs: Mapping[str, Array], rows: slice, *, batched: bool) -> dict[str, Array]:
+def to_response(outputs: Mapping[str, Array], rows: Rows, *, batched: bool) -> dict[str, Array]:
     """One member's part of the outputs."""
     return {name: values[rows] if batched else values[0] for name, values in outputs.items()}
