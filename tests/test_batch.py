@@ -24,12 +24,31 @@ def queued(rows: int = 1, label: str = "", outputs: tuple[str, ...] = ()) -> Inf
     return request
 
 
+class Waiting:
+    """A queue whose requests may all join."""
+
+    def __init__(self, *requests: InferenceRequest) -> None:
+        self.requests = list(requests)
+        self.arrived = trio.Event()
+
+    def take_nowait(self, signature: object, rows: int) -> list[InferenceRequest]:
+        taken, self.requests = self.requests, []
+        assert sum(request.batch_size for request in taken) <= rows
+        return taken
+
+    async def wait_arrival(self) -> None:
+        await self.arrived.wait()
+
+
 class Record:
     def __init__(self) -> None:
         self.released: list[str] = []
+        self.ended: list[tuple[int, list[str]]] = []
         self.abandoned = 0
 
-    def batch(self, requests: Sequence[InferenceRequest], decoupled: bool = False) -> Batch:
+    def batch(
+        self, requests: Sequence[InferenceRequest], decoupled: bool = False, waiting: Waiting | None = None
+    ) -> Batch:
         def abandoned(batch: Batch) -> None:
             self.abandoned += 1
 
@@ -40,6 +59,10 @@ class Record:
             output_names=("OUT",),
             on_released=lambda member: self.released.append(member.request.request_id),
             on_abandoned=abandoned,
+            on_ended=lambda cohort, members: self.ended.append(
+                (cohort.rows, [member.request.request_id for member in members])
+            ),
+            joining=waiting,  # type: ignore[arg-type]
         )
 
 
@@ -237,3 +260,69 @@ async def test_a_decoupled_member_may_end_without_any_output() -> None:
         response = await request.receive()
         assert response.final and not response.outputs
     assert request.outcome is Outcome.OK
+
+
+async def test_who_joins_has_rows_among_those_that_came_with_it() -> None:
+    record, waiting = Record(), Waiting(queued(2), queued(1))
+    batch = record.batch([queued(3)], waiting=waiting)
+    joined = batch.join(5)
+    assert batch.members[1:] == joined
+    assert [(member.start, member.stop) for member in joined] == [(0, 2), (2, 3)]
+    assert batch.stack("IN").shape == (3, 2)
+    assert batch.stack_of(joined[0].cohort, "IN")[:, 0].tolist() == [2, 2, 1]
+    assert all(member.request.stage is Stage.EXECUTING for member in joined)
+    assert repr(batch) == "<Batch m_0 3/3 live, 6 rows>"
+    assert batch.join(2) == ()
+
+
+async def test_A2_who_joins_keeps_the_execution_alive() -> None:
+    record, last = Record(), queued()
+    first = queued()
+    batch = record.batch([first], waiting=Waiting(last))
+    batch.join(1)
+    first.cancel()
+    assert not record.abandoned
+    last.cancel(Reason.CLIENT_RESET)
+    assert record.abandoned == 1
+    assert batch.scope.cancel_scope.cancel_called
+
+
+@pytest.mark.parametrize("how", ["served", "cancelled"])
+async def test_nobody_joins_an_execution_that_nobody_waits_for(how: str) -> None:
+    waiting, first = Waiting(queued()), queued()
+    batch = Record().batch([first], waiting=waiting)
+    if how == "served":
+        batch.respond(batch.members[0], {"OUT": np.zeros(1)})
+    else:
+        first.cancel()
+    assert batch.join(7) == ()
+    assert waiting.requests
+
+
+async def test_E3_a_cohort_is_counted_when_its_last_member_is_and_then_forgotten() -> None:
+    record = Record()
+    batch = record.batch([queued(label="a"), queued(label="b")], waiting=Waiting(queued(3, label="c")))
+    a, b = batch.members
+    (c,) = batch.join(3)
+    assert batch.retire(a) == ()
+    assert batch.members == (a, b, c)
+    assert batch.retire(c) == (c,)
+    assert batch.retire(b) == (a, b)
+    assert record.ended == [(3, ["c"]), (2, ["a", "b"])]
+    assert batch.members == () and batch.rows == 0
+    for member in (a, b, c):
+        member.request.cancel()  # a late one: nothing to leave any more, and nothing breaks
+
+
+async def test_an_execution_that_can_serve_nobody_waits_for_one_who_may_join_too() -> None:
+    waiting = Waiting()
+    batch = Record().batch([queued()], decoupled=True, waiting=waiting)
+    for _ in range(RESPONSE_BUFFER):
+        batch.respond(batch.members[0], {"OUT": np.zeros(1)}, final=False)
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lambda: batch.wait_can_send(or_arrival=True))
+        await wait_all_tasks_blocked()
+        assert nursery.child_tasks
+        waiting.arrived.set()
+        await wait_all_tasks_blocked()
+        assert not nursery.child_tasks

@@ -132,6 +132,28 @@ def test_the_default_scheduler_takes_one_at_a_time() -> None:
     assert [labels(scheduler.form_batch(0, Seat())[0]) for _ in range(4)] == ["a", "b", "c", ""]
 
 
+@pytest.mark.parametrize(
+    ("queue", "options", "rows", "joining"),
+    [
+        ("", {}, 4, ""),
+        ("a b c", {}, 2, "ab"),
+        ("a2 b c", {}, 4, "abc"),
+        # Nobody overtakes: the first that does not fit keeps all behind it waiting.
+        ("a2 b c", {}, 1, ""),
+        ("a b2 c", {}, 2, "a"),
+        ("a/x b", {}, 4, ""),
+        ("a b/x c", {}, 4, "a"),
+        # The execution goes on anyway: no reason to wait for company, or for a size.
+        ("a", {"max_queue_delay": 5, "preferred_sizes": [4]}, 3, "a"),
+    ],
+)
+def test_those_at_the_head_join(queue: str, options: dict[str, Any], rows: int, joining: str) -> None:
+    scheduler = batcher(queue, **options)
+    way_in = scheduler.joining(Seat())
+    assert labels(way_in.take_nowait(make("like").signature, rows)) == joining
+    assert len(scheduler) == len(queue.split()) - len(joining)
+
+
 class Counting(RequestQueue):
     """Counts the requests that a scheduler looks at."""
 
