@@ -140,6 +140,7 @@ class DeviceThread:
     ) -> None:
         self.name = name
         self.state = DeviceState.READY
+        self.why = ""  #: it was given up
         self.clock = clock
         self.mail: SimpleQueue[DeviceJob | None] = SimpleQueue()
         # Of the Trio thread.
@@ -178,6 +179,7 @@ class DeviceThread:
         """The device does not come back: every job on it ends with an error now; what comes later is dropped."""
         if self.state is DeviceState.READY:
             self.state = DeviceState.DEAD
+            self.why = why
             LOGGER.error("device %s is given up: %s", self.name, why)
             for job in tuple(self.jobs):
                 job.abandon(why)

@@ -62,7 +62,8 @@ class DeviceJob:
 
     async def __aenter__(self) -> DeviceJob:
         if self.device.state is not DeviceState.READY:
-            raise Unavailable(f"device {self.device.name} is {self.device.state.value}; reload the model")
+            why = f" ({self.device.why})" if self.device.why else ""
+            raise Unavailable(f"device {self.device.name} is {self.device.state.value}; reload the model{why}")
         self.device.jobs[self] = None
         return self
 

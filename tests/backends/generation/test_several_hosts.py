@@ -1,0 +1,235 @@
+"""A model over several hosts: one decides, all dispatch the same, and none goes on without the others."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+from hypothesis import given
+from hypothesis import strategies as st
+
+from triton_trio.backends.jax.generation.follower import follow
+from triton_trio.backends.jax.generation.leader import LAG
+from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
+from triton_trio.backends.jax.generation.schedule import Generation, Program, Settings, SlotSchedule
+from triton_trio.testing.device import DeviceGate
+
+from ..world import until
+from .hosts import LADDER, Text, alone, inputs, open_hosts
+from .test_schedule import Somebody, emitted
+from .tiny import CHUNK, SPEC, prompt
+
+PLAN = PlanFormat(SPEC, (CHUNK,), LADDER)
+
+# Records: decided once, replayed anywhere
+
+
+@given(st.data())
+def test_every_follower_replays_what_the_leader_decided(data: st.DataObject) -> None:
+    """Clients come and go as they like; the bytes arrive at each follower in pieces, and whenever."""
+    schedule = SlotSchedule(SPEC, (CHUNK,))
+    live: list[Generation] = []
+    out: list[Program] = []
+    decided: list[object] = []
+    stream = b""
+    for action in data.draw(st.lists(st.sampled_from(["come", "go", "dispatch", "dispatch", "end"]), max_size=60)):
+        if action == "come" and (free := {*range(SPEC.slots)} - {row.slot for row in live}):
+            settings = Settings(
+                max_tokens=data.draw(st.integers(1, 50)),
+                temperature=data.draw(st.floats(0, 2)),
+                top_k=data.draw(st.integers(0, 9)),
+                top_p=data.draw(st.floats(0.1, 1)),
+                seed=data.draw(st.integers(0, 2**64 - 1)),
+            )
+            live.append(schedule.admit(min(free), np.array(prompt(len(live), 40), np.int32), settings, Somebody()))
+        elif action == "go" and live:
+            schedule.leave(live.pop(data.draw(st.integers(0, len(live) - 1))))
+        elif action == "end" and out:
+            program = out.pop(0)
+            schedule.receive(program, emitted(program), 0.0)
+        elif action == "dispatch" and len(out) < 2:
+            program = schedule.next_program(waiting=False, steps=data.draw(st.sampled_from(LADDER)))
+            if program is not None:
+                out.append(program)
+                decided.append(inputs(program))
+                stream += PlanRecord.of(len(decided), program, SPEC).encode()
+    stream += PlanRecord(len(decided) + 1, Kind.END).encode()
+    for _ in range(2):
+        reader = PlanReader(PLAN)
+        cuts = [0, *sorted(data.draw(st.lists(st.integers(0, len(stream)), max_size=9))), len(stream)]
+        pieces = [stream[begin:end] for begin, end in pairwise(cuts)]
+        records = [record for piece in pieces for record in reader.feed(piece)]
+        assert [inputs(record.program()) for record in records[:-1]] == decided
+        assert reader.ended
+
+
+def test_law_3_a_cancel_between_decision_and_record_is_in_the_next_record() -> None:
+    schedule = SlotSchedule(SPEC, (CHUNK,))
+    stays, goes = (
+        schedule.admit(slot, np.array(prompt(slot, 9), np.int32), Settings(max_tokens=50), Somebody())
+        for slot in (0, 1)
+    )
+    for _ in range(4):
+        schedule.next_program(waiting=False, steps=1)
+    program = schedule.next_program(waiting=False, steps=1)
+    assert program is not None
+    decided = PlanRecord.of(1, program, SPEC).encode()
+    schedule.leave(goes)
+    assert PlanRecord.of(1, program, SPEC).encode() == decided
+    following = schedule.next_program(waiting=False, steps=1)
+    assert following is not None
+    (record,) = PlanReader(PLAN).feed(PlanRecord.of(1, following, SPEC).encode())
+    evict, hold = record.arrays
+    assert evict.tolist() == [0, goes.owner, 0, 0]
+    assert hold.tolist() == [False, True, True, True]
+    assert stays.owner
+
+
+def decode(number: int, steps: int = 1) -> bytes:
+    nobody = np.zeros(SPEC.slots, np.int32), np.zeros(SPEC.slots, bool)
+    return PlanRecord(number, Kind.DECODE, steps, nobody).encode()
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (decode(1) + decode(3), "record 3 came after record 1"),
+        (decode(1) + decode(1), "record 1 came after record 1"),
+        (decode(1, steps=5), "a program of kind 2 and size 5, which this host does not have"),
+        (b"GET / HTTP/1.1\r\n", "came after record 0"),
+        (PlanRecord(1, Kind.END).encode() + decode(2), "record 2 came after the end"),
+    ],
+)
+def test_what_is_not_the_next_record_is_refused(data: bytes, says: str) -> None:
+    with pytest.raises(PlanBroken, match=says):
+        list(PlanReader(PLAN).feed(data))
+
+
+def test_a_follower_of_another_plan_is_refused() -> None:
+    assert PLAN.greeted(PLAN.hello(3)) == 3
+    with pytest.raises(PlanBroken, match="process 1 has another model, other options or another version of JAX"):
+        PLAN.greeted(PlanFormat(SPEC, (CHUNK,), (1, 4)).hello(1))
+    with pytest.raises(PlanBroken, match="not a follower of this version"):
+        PLAN.greeted(b"GET / HTTP/1.1".ljust(PlanFormat.HELLO_BYTES))
+
+
+# Hosts: each with a device, a state and delays of its own
+
+
+async def test_law_7_all_hosts_make_the_same_texts_whoever_comes_and_goes() -> None:
+    delays = random.Random(1)
+
+    async def between() -> None:
+        for _ in range(delays.randrange(30)):
+            await trio.lowlevel.checkpoint()
+
+    texts = [Text() for _ in range(8)]
+    cancelled = {1, 4, 6}
+    async with open_hosts(3, between=between) as hosts:
+        # Four readers with a slot each, one text after another.
+        async def reader(slot: int) -> None:
+            for number in (slot, slot + 4):
+                with trio.CancelScope() as scope:
+                    async with trio.open_nursery() as nursery:
+                        nursery.start_soon(hosts.write, number, texts[number])
+                        if number in cancelled:
+                            await until(lambda number=number: len(texts[number].ids) >= 3)
+                            scope.cancel()
+
+        async with trio.open_nursery() as readers:
+            for slot in range(4):
+                readers.start_soon(reader, slot)
+    sequence = hosts.leader.dispatched
+    assert any(any(program[1]) for program in sequence if len(program) == 3), "nobody was put out by a record"
+    for host in hosts.followers:
+        assert host.error == ""
+        assert host.dispatched == sequence
+        # Every number of cache, owners and positions.
+        for ours, theirs in zip(hosts.leader.programs.last_state, host.programs.last_state, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    for number, text in enumerate(texts):
+        assert text.error == ""
+        expected = alone(number)
+        assert text.ids == expected[: len(text.ids)]
+        assert len(text.ids) == len(expected) or number in cancelled
+
+
+async def test_law_12_the_leader_is_never_further_ahead_than_it_may() -> None:
+    gate = DeviceGate()
+    text = Text()
+    async with open_hosts(2, target=1e-9, gates={2: gate}) as hosts:
+        async with trio.open_nursery() as readers:
+            readers.start_soon(hosts.write, 0, text, 40)
+            await gate.wait_dispatched(LAG)  # no window of its own: it dispatches what it is sent
+            for ended in range(1, 4):
+                gate.let_end()
+                await gate.wait_dispatched(LAG + ended)
+                await until(lambda ended=ended: len(hosts.leader.dispatched) == LAG + ended)
+            gate.open()
+            await until(lambda: len(text.ids) == 40)
+        assert text.ids == alone(0, tokens=40)
+
+
+@pytest.mark.parametrize("record", range(1, 8))
+async def test_a_lost_follower_ends_every_text_at_whatever_record_it_is_lost(record: int) -> None:
+    texts = [Text() for _ in range(3)]
+    async with open_hosts(2) as hosts:
+        lost = hosts.followers[1]
+        async with trio.open_nursery() as readers:
+            for number, text in enumerate(texts):
+                readers.start_soon(hosts.write, number, text, 80)
+            await until(lambda: len(lost.dispatched) >= record)
+            lost.scope.cancel()
+        for text in texts:
+            assert text.error.startswith("Unavailable: ")
+            assert "the connection to process 2 is lost" in text.error
+        late = Text()
+        await hosts.write(3, late)
+        assert "the connection to process 2 is lost" in late.error
+    # The other one has not been told that it was the end, for it was none.
+    assert hosts.followers[0].error == "the connection to the leader is lost; start all processes again"
+
+
+async def test_a_follower_that_hangs_is_given_up(mock_clock: trio.testing.MockClock) -> None:
+    gate, text = DeviceGate(), Text()
+    async with open_hosts(1, patience=5, gates={1: gate}) as hosts:
+        async with trio.open_nursery() as readers:
+            readers.start_soon(hosts.write, 0, text, 40)
+            await gate.wait_dispatched(LAG)
+            mock_clock.jump(5)
+        assert text.error == "Unavailable: generation: process 1 did not end record 1 within 5 s"
+
+
+async def test_a_program_that_fails_on_a_follower_ends_the_plan() -> None:
+    gate, text = DeviceGate(), Text()
+    gate.open()
+    gate.fail(3, "RESOURCE_EXHAUSTED")
+    async with open_hosts(1, gates={1: gate}) as hosts:
+        await hosts.write(0, text, 80)
+        assert "the connection to process 1 is lost" in text.error
+    assert "a program failed here: RuntimeError: RESOURCE_EXHAUSTED; start all" in hosts.followers[0].error
+
+
+async def test_a_program_that_fails_on_the_leader_ends_the_plan() -> None:
+    """Its state is made anew on one host; on several it would not be what the others have."""
+    gate, text, following = DeviceGate(), Text(), Text()
+    gate.open()
+    gate.fail(3, "out of luck")
+    async with open_hosts(1, gates={0: gate}) as hosts:
+        await hosts.write(0, text, 80)
+        assert "out of luck" in text.error
+        await hosts.write(1, following)
+        assert "a program failed on the leader, and the state that it had was lost" in following.error
+    assert "the connection to the leader is lost" in hosts.followers[0].error
+
+
+async def test_a_follower_leaves_what_is_no_plan() -> None:
+    ours, theirs = trio.testing.memory_stream_pair()
+    async with open_hosts(1) as hosts:
+        await ours.send_all(b"GET / HTTP/1.1\r\n")
+        with pytest.RaisesGroup(PlanBroken):
+            await follow(theirs, PLAN, hosts.followers[0].programs)
