@@ -1,13 +1,16 @@
 """The engine: one task for each device that a language model is on, and the slots there that requests use.
 
-The task hands out turns; what a turn does is decided in the device thread when it is dispatched, with one program running
-and none behind it.  So tokens are read one program behind, and a cancel is on the device with the program after those two.
-A lock makes decisions of the two threads one after the other; it is held for microseconds.
+The task hands out turns, :data:`CREDITS` of them, so that the device need not wait for Trio.  What a turn does is decided in
+the device thread when it is dispatched, with one program running and none behind it; so tokens are read one program behind.
+A cancel needs no task to run: whether a text's reader is still there is read when the decision is made, so from the abort
+function on no program is dispatched for it, and those two are all that it had.  A lock makes decisions of the two threads
+one after the other; it is held for microseconds.
 """
 
 from __future__ import annotations
 
 import threading
+from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -24,7 +27,7 @@ from ..job import DeviceJob
 from ..turns import start_copy
 from .llama import Params
 from .programs import Compiled, LlamaPrograms
-from .schedule import Generation, Program, ScheduleStatistics, Settings, SlotSchedule, Token
+from .schedule import Generation, Program, Reader, ScheduleStatistics, Settings, SlotSchedule, Token
 from .slots import Emitted, SlotState
 
 #: Turns that may be out: two on the device, and one in line so that its thread need not wait for Trio.
@@ -79,18 +82,17 @@ class SlotPrograms:
 class SlotTurn(Turn):
     """One program of the engine; None until it is dispatched, and for good if there was nothing to do."""
 
-    def __init__(self, engine: SlotEngine, *, waiting: bool) -> None:
+    def __init__(self, engine: SlotEngine) -> None:
         self.program: Program | None = None
         self.emitted: Any = None
         self._engine = engine
-        self._waiting = waiting
 
     def dispatch(self) -> bool:
-        self.program = self._engine.decide(waiting=self._waiting)
-        if self.program is None:
+        program = self._engine.decide(self)
+        if program is None:
             return False
-        self.steps = self.program.steps
-        self.emitted = self._engine.programs.run(self.program)
+        self.steps = program.steps
+        self.emitted = self._engine.programs.run(program)
         start_copy(self.emitted)
         return True
 
@@ -100,17 +102,22 @@ class SlotTurn(Turn):
     def ready(self) -> bool:
         return all(leaf.is_ready() for leaf in jax.tree.leaves(self.emitted))
 
+    def expect(self) -> float | None:
+        return None if self.program is None else self._engine.expect(self.program)
+
     def done(self, seconds: float) -> None:
-        if self.steps and seconds:
-            self._engine.controller.observe(self.steps, seconds)
+        if self.program is not None and seconds:
+            self._engine.observe(self.program, seconds)
 
 
 class SlotEngine:
     """Serves the slots of one device.
 
     Args:
-      waiting: how many requests wait for a slot.
+      waiting: how many requests wait for a slot; asked in the device thread, too.
       controller: says how many steps a decode may have, when nobody waits.
+      late: decide on a program only when the one before it is about to end: a cancel, and a prompt that comes, then wait
+        for one program and not for two.
     """
 
     def __init__(
@@ -123,6 +130,7 @@ class SlotEngine:
         controller: ChunkController,
         *,
         waiting: Callable[[], int] = lambda: 0,
+        late: bool = False,
     ) -> None:
         self.name = name
         self.schedule = schedule
@@ -131,20 +139,25 @@ class SlotEngine:
         self.programs = programs
         self.controller = controller
         self._waiting = waiting
+        self._late = late
+        #: Of the device thread: seconds of the latest prefills, by length.
+        self._prefill_seconds: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=16))
         self._work = trio.Event()
         self._lock = threading.Lock()
-        self._out: list[Program] = []  # programs on the device
+        self._turns: dict[SlotTurn, None] = {}  # that are out
         self._over: TritonError | None = None
         self._prefills = self._decodes = self._steps = self._resets = 0
 
     def statistics(self) -> EngineStatistics:
         spec, step = self.programs.spec, self.controller.step_seconds
+        with self._lock:
+            schedule = self.schedule.statistics()
         return EngineStatistics(
             model=self._model,
             device=self._device.name,
             slots=spec.slots,
             cache_bytes=spec.cache_bytes,
-            schedule=self.schedule.statistics(),
+            schedule=schedule,
             prefills=self._prefills,
             decodes=self._decodes,
             steps=self._steps,
@@ -157,25 +170,29 @@ class SlotEngine:
     # A request's side
 
     @asynccontextmanager
-    async def open_generation(self, slot: int, prompt: np.ndarray, settings: Settings) -> AsyncIterator[Generation]:
+    async def open_generation(
+        self, slot: int, prompt: np.ndarray, settings: Settings, reader: Reader
+    ) -> AsyncIterator[Generation]:
         """Make a text in a slot that is free.  Leaving the block gives the slot back, whatever became of the text.
 
         Raises:
           Unavailable: the device was given up, or the model is being unloaded.
 
-        **Cancellation:** when the exception passes through, no program that is on the device works for this text: at most
-        the two that were out when it was cancelled have run.  If the device never comes back, the watchdog ends that
-        wait with :meth:`abandon`.
+        **Cancellation:** from the instant in which ``reader`` is not live any more, no program is dispatched for it.  When
+        the exception passes through, none is on the device: the two that were have run.  If the device never comes back,
+        the watchdog ends that wait with :meth:`abandon`.
         """
         if self._over is not None:
             raise type(self._over)(*self._over.args)
         with self._lock:
-            generation = self.schedule.admit(slot, prompt, settings)
+            generation = self.schedule.admit(slot, prompt, settings, reader)
         self._work.set()
+        completed = False
         try:
             yield generation
+            completed = True
         except trio.Cancelled:
-            self._leave(generation)
+            self._leave(generation)  # at an unload its reader may have heard nothing yet
             # Shielded without a deadline of its own: the bound is the watchdog's abandon(), which ends every text here.
             with trio.CancelScope(shield=True):
                 while generation.busy:
@@ -183,6 +200,8 @@ class SlotEngine:
             raise
         finally:
             self._leave(generation)
+            with self._lock:
+                self.schedule.settle(generation, completed=completed)
             self._work.set()
 
     def _leave(self, generation: Generation) -> None:
@@ -202,8 +221,9 @@ class SlotEngine:
             if generation.error is not None:
                 raise generation.error
             await generation.news.park()
-        tokens = list(generation.unread)
-        generation.unread.clear()
+        with self._lock:
+            tokens = list(generation.unread)
+            generation.unread.clear()
         # Its row may have stood still for that.
         self._work.set()
         return tokens
@@ -224,7 +244,7 @@ class SlotEngine:
                 await self._work.wait()
                 self._work = trio.Event()
                 try:
-                    async with DeviceJob(self._device, self.name) as job:
+                    async with DeviceJob(self._device, self.name, late=self._late) as job:
                         await self._serve(job)
                 except TritonError as exc:
                     self._lose(exc)
@@ -234,14 +254,21 @@ class SlotEngine:
 
     async def _serve(self, job: DeviceJob) -> None:
         while True:
-            while job.outstanding < CREDITS and self.schedule.has_work():
-                job.submit(SlotTurn(self, waiting=self._waiting() > 0))
-            if not job.outstanding:
+            while len(self._turns) < CREDITS and self._has_work():
+                following = SlotTurn(self)
+                self._turns[following] = None
+                job.submit(following)
+            if not self._turns:
                 return
             turn = await job.next()
             assert isinstance(turn, SlotTurn)
+            del self._turns[turn]
             if turn.program is not None:
                 self._receive(turn.program, turn)
+
+    def _has_work(self) -> bool:
+        with self._lock:
+            return self.schedule.has_work()
 
     def _receive(self, program: Program, turn: SlotTurn) -> None:
         if program.steps:
@@ -250,17 +277,32 @@ class SlotEngine:
         else:
             self._prefills += 1
         with self._lock:
-            self._out.remove(program)
             self.schedule.receive(program, turn.emitted, turn.seconds)
 
-    def decide(self, *, waiting: bool) -> Program | None:
-        """In the device thread: what it does next."""
+    # In the device thread
+
+    def decide(self, turn: SlotTurn) -> Program | None:
+        """What the device does next."""
         with self._lock:
-            steps = self.controller.pick(self.schedule.most_steps())
-            program = self.schedule.next_program(waiting=waiting, steps=steps)
-            if program is not None:
-                self._out.append(program)
-            return program
+            if self._over is None:
+                steps = self.controller.pick(self.schedule.most_steps())
+                turn.program = self.schedule.next_program(waiting=self._waiting() > 0, steps=steps)
+            return turn.program
+
+    def expect(self, program: Program) -> float | None:
+        """The least that it takes, by the latest of its kind; None if there was none."""
+        if program.steps:
+            return self.controller.expect(program.steps)
+        return min(self._prefill_seconds[program.length], default=None)
+
+    def observe(self, program: Program, seconds: float) -> None:
+        """It has ended."""
+        if program.steps:
+            self.controller.observe(program.steps, seconds)
+        else:
+            self._prefill_seconds[program.length].append(seconds)
+
+    # Errors
 
     def _lose(self, error: TritonError) -> None:
         """What was donated to a program that failed is gone; the device is idle, or given up."""
@@ -277,7 +319,9 @@ class SlotEngine:
         self._drop(error, everybody=True)
 
     def _drop(self, error: TritonError, *, everybody: bool) -> None:
+        turns, self._turns = self._turns, {}
         with self._lock:
-            out, self._out = self._out, []
             self.schedule.lose(error, everybody=everybody)
-            self.schedule.dropped(out)
+            for turn in turns:
+                if turn.program is not None:
+                    self.schedule.dropped(turn.program, turn.seconds)

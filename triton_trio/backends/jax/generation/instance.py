@@ -17,8 +17,33 @@ if TYPE_CHECKING:
     from .schedule import Generation
     from .tokenizer import Tokenizer
 
+
 #: Bytes of a text that are cut into tokens on the spot, within a millisecond.
 LONG = 8192
+
+
+class MemberReader:
+    """A member of a batch, as the one for whom a text is made."""
+
+    def __init__(self, batch: Batch, member: Member) -> None:
+        self._batch = batch
+        self._member = member
+
+    @property
+    def live(self) -> bool:
+        return self._member.live
+
+    @property
+    def cancelled(self) -> bool:
+        return self._member.left_at is not None
+
+    def charge(self, seconds: float, steps: int) -> None:
+        self._batch.charge(self._member, seconds)
+        if self.cancelled:
+            self._member.steps_after_cancel += steps
+
+    def spare(self, seconds: float) -> None:
+        self._member.saved_seconds = seconds
 
 
 class TextInstance(BackendInstance):
@@ -48,16 +73,9 @@ class TextInstance(BackendInstance):
         long = any(len(item) > LONG for name in ("text_input", "messages") for item in member.inputs.get(name, ()))
         asked = await trio.to_thread.run_sync(read) if long else read()
         batch.compute_infer_at = trio.current_time()
-        generation = None
-        try:
-            async with self._engine.open_generation(self._slot, asked.prompt, asked.settings) as generation:
-                await self._write(batch, member, asked, generation)
-        finally:
-            if generation is not None:
-                wasted = generation.seconds_after_leaving
-                batch.charge(member, generation.device_seconds - wasted, wasted=False)
-                batch.charge(member, wasted, wasted=True)
-                member.steps_after_cancel += generation.steps_after_leaving
+        reader = MemberReader(batch, member)
+        async with self._engine.open_generation(self._slot, asked.prompt, asked.settings, reader) as generation:
+            await self._write(batch, member, asked, generation)
 
     async def _write(self, batch: Batch, member: Member, asked: TextRequest, generation: Generation) -> None:
         stream, stops = self._tokenizer.stream(), StopFilter(asked.stops)

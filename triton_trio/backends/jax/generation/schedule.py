@@ -1,25 +1,30 @@
 """Who is in which slot, and what the device does next: plain data and synchronous decisions.
 
 A generation comes with its prompt, is fed to the device piece by piece, makes tokens, and leaves: at its end, or earlier,
-when nobody wants its text any more.  Its slot is free for the next one at once; that its owner has to go is told to the
-device with the next program that could still move it.
+when nobody wants its text any more.  Whether somebody does is asked anew for each decision, so a cancel is seen by the next
+one, whichever thread makes it.  That its owner has to go is told to the device with the next program that could still
+move it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import trio
 
 from ....errors import InternalError, TritonError
+from .accounts import TextAccounts
 from .config import SlotSpec
 from .slots import NO_TOKEN, Emitted, PromptChunk
 
 #: Tokens that may wait for a reader before its row stands still.
 UNREAD = 32
+#: Pieces of other prompts that may go before a prompt's next one.
+PATIENCE = 4
 _OWNERS = 2**31 - 1
 
 
@@ -42,25 +47,43 @@ class Token:
     last: bool  #: the text ends with it
 
 
+class Reader(Protocol):
+    """Whom a text is for."""
+
+    @property
+    def live(self) -> bool:
+        """Whether they want more of it; not any more from the instant of a cancel.  Read in the device thread, too."""
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was a cancel that ended that."""
+
+    def charge(self, seconds: float, steps: int) -> None:
+        """A program of ``steps`` has worked for them, and this is their share."""
+
+    def spare(self, seconds: float) -> None:
+        """So much the text would have gone on to take, had they not cancelled it; an estimate."""
+
+
 class Generation:
     """One request's text, from its prompt to its last token."""
 
-    def __init__(self, slot: int, owner: int, prompt: np.ndarray, settings: Settings) -> None:
+    def __init__(self, slot: int, owner: int, prompt: np.ndarray, settings: Settings, reader: Reader) -> None:
         self.slot = slot
         self.owner = owner
         self.prompt = prompt
         self.settings = settings
+        self.reader = reader
         self.fed = 0  #: tokens of the prompt that were given to the device
+        self.passed = 0  #: pieces of other prompts that went before its next one
         self.made = 0  #: tokens that the device was asked for, at most
         self.busy = 0  #: programs on the device, or in line, that work for it
         self.arrived = 0  #: tokens that came back
         self.unread: deque[Token] = deque()
         self.ended = False  #: on the device; tokens may still be unread
-        self.left = False
+        self.out = False  #: of its slot
+        self.settled = False  #: its account is closed
         self.error: TritonError | None = None
-        self.device_seconds = 0.0  #: its share of the programs that worked for it
-        self.steps_after_leaving = 0
-        self.seconds_after_leaving = 0.0  #: of its share, what ended after it had left
         #: Parks its owner: tokens, an error, or no program any more.
         self.news = trio.lowlevel.ParkingLot()
 
@@ -68,13 +91,29 @@ class Generation:
         return f"<Generation {self.owner} in slot {self.slot}, {self.fed}/{len(self.prompt)} fed, {self.made} made>"
 
     @property
+    def left(self) -> bool:
+        """Nobody wants more of it."""
+        return self.out or not self.reader.live
+
+    @property
+    def armed(self) -> bool:
+        """As far as anybody knows, the device has it and could make another token."""
+        return (
+            self.fed == len(self.prompt)
+            and self.made < self.settings.max_tokens
+            and not self.ended
+            and self.error is None
+        )
+
+    @property
     def prefilling(self) -> bool:
-        return self.fed < len(self.prompt)
+        """The device could be given another piece of its prompt."""
+        return self.fed < len(self.prompt) and self.error is None and not self.left
 
     @property
     def decoding(self) -> bool:
-        """The device could make another token of it that is wanted."""
-        return not self.prefilling and not self.ended and self.error is None and self.made < self.settings.max_tokens
+        """And somebody wants it."""
+        return self.armed and not self.left
 
     @property
     def held(self) -> bool:
@@ -104,8 +143,11 @@ class ScheduleStatistics:
     tokens: int  #: made, and passed on
     stale_tokens: int  #: made, and dropped, for their owner had left
     evictions: int  #: owners that the device was told to put out
-    useful_seconds: float  #: device time for texts while somebody wanted them
-    wasted_seconds: float  #: device time of programs that were under way when their row's owner left
+    #: Device time, by what became of the texts that it was for; all three together are the device's own.
+    useful_seconds: float
+    wasted_seconds: float  #: of programs that were under way when their text was cancelled
+    unpaid_seconds: float  #: of programs that outlasted all of their texts; the next text is charged with them
+    saved_seconds: float  #: what cancelled texts would have gone on to take; an estimate
 
 
 class SlotSchedule:
@@ -123,7 +165,7 @@ class SlotSchedule:
         self._next_owner = 1
         self._prefilled = False  # by the latest program
         self._generations = self._prompt_tokens = self._tokens = self._stale = self._evictions = 0
-        self._useful = self._wasted = 0.0
+        self._accounts = TextAccounts()
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -139,35 +181,40 @@ class SlotSchedule:
             tokens=self._tokens,
             stale_tokens=self._stale,
             evictions=self._evictions,
-            useful_seconds=self._useful,
-            wasted_seconds=self._wasted,
+            useful_seconds=self._accounts.useful,
+            wasted_seconds=self._accounts.wasted,
+            unpaid_seconds=self._accounts.unpaid,
+            saved_seconds=self._accounts.saved,
         )
 
     # Coming and going
 
-    def admit(self, slot: int, prompt: np.ndarray, settings: Settings) -> Generation:
+    def admit(self, slot: int, prompt: np.ndarray, settings: Settings, reader: Reader) -> Generation:
         """Put a text into a free slot.  What it asks for has been checked."""
         assert slot not in self._rows, f"slot {slot} is taken"
         taken = {row.owner for row in self._rows.values()} | set(self._evict.values())
         while self._next_owner in taken:
             self._next_owner = self._next_owner % _OWNERS + 1
-        generation = self._rows[slot] = Generation(slot, self._next_owner, prompt, settings)
+        generation = self._rows[slot] = Generation(slot, self._next_owner, prompt, settings, reader)
         self._next_owner = self._next_owner % _OWNERS + 1
         self._generations += 1
         return generation
 
     def leave(self, generation: Generation) -> None:
-        """Nobody wants more of it; the slot is free.  Idempotent."""
-        if generation.left:
+        """No program from now on works for it, and the slot is free.  Idempotent."""
+        if generation.out:
             return
-        generation.left = True
+        generation.out = True
+        del self._rows[generation.slot]
         self._stale += len(generation.unread)
         self._tokens -= len(generation.unread)
         generation.unread.clear()
-        if self._rows.get(generation.slot) is generation:
-            del self._rows[generation.slot]
-        if not generation.prefilling and not generation.ended and generation.error is None:
+        if generation.armed:
             self._evict[generation.slot] = generation.owner
+
+    def settle(self, generation: Generation, *, completed: bool) -> None:
+        """Close the account of one that has left."""
+        self._accounts.settle(generation, completed=completed)
 
     def lose(self, error: TritonError, *, everybody: bool) -> None:
         """The state on the device is gone, and with it every text that was there."""
@@ -185,26 +232,26 @@ class SlotSchedule:
     def next_program(self, *, waiting: bool, steps: int) -> Program | None:
         """None if nobody needs the device.  What is returned counts as dispatched.
 
-        Pieces of prompts, of the oldest first, alternate with tokens for everybody else.
+        Pieces of prompts alternate with tokens for everybody else.
 
         Args:
           waiting: requests wait for a slot: then a row that ends must not idle in its slot for the rest of a chunk.
           steps: how many a chunk may have, otherwise.
         """
-        prompt = next((row for row in self._rows.values() if row.prefilling and row.error is None), None)
-        steps = 1 if waiting or prompt is not None else steps
+        for row in tuple(self._rows.values()):
+            if not row.reader.live:
+                self.leave(row)
+        prompts = [row for row in self._rows.values() if row.prefilling]
         rows = tuple(row for row in self._rows.values() if row.decoding and not row.held)
-        if prompt is not None and not (rows and self._prefilled):
+        if prompts and not (rows and self._prefilled):
             self._prefilled = True
-            return self._prefill(prompt)
+            return self._prefill(_next_prompt(prompts))
         self._prefilled = False
-        return self._decode(rows, steps) if rows else None
+        return self._decode(rows, 1 if waiting or prompts else steps) if rows else None
 
     def has_work(self) -> bool:
         """Whether :meth:`next_program` would find something.  The answer may be late, and does no harm then."""
-        return any(
-            row.error is None and (row.prefilling or (row.decoding and not row.held)) for row in self._rows.values()
-        )
+        return any(row.prefilling or (row.decoding and not row.held) for row in self._rows.values())
 
     def most_steps(self) -> int:
         """Tokens that somebody can still use."""
@@ -255,16 +302,11 @@ class SlotSchedule:
 
     def receive(self, program: Program, emitted: Emitted, seconds: float) -> None:
         """A program has ended.  ``emitted`` is on the host."""
-        share = seconds / len(program.rows)
+        # Whoever had come to their end on the device before it began had no part in it.
+        present = [row for row in program.rows if program.chunk is not None or emitted.owner[row.slot] == row.owner]
+        self._accounts.charge(program, present, seconds)
         for row in program.rows:
             row.busy -= 1
-            row.device_seconds += share
-            if row.left:
-                row.steps_after_leaving += max(program.steps, 1)
-                row.seconds_after_leaving += share
-                self._wasted += share
-            else:
-                self._useful += share
             tokens = list(_tokens(emitted, row))
             if row.left or row.error is not None:
                 self._stale += len(tokens)
@@ -272,12 +314,12 @@ class SlotSchedule:
                 self._take(row, tokens)
             row.news.unpark_all()
 
-    def dropped(self, programs: Iterable[Program]) -> None:
-        """These never ran to an end that anybody could read, and the device is idle."""
-        for program in programs:
-            for row in program.rows:
-                row.busy -= 1
-                row.news.unpark_all()
+    def dropped(self, program: Program, seconds: float) -> None:
+        """It never ran to an end that anybody could read, and the device is idle."""
+        self._accounts.charge(program, program.rows, seconds)
+        for row in program.rows:
+            row.busy -= 1
+            row.news.unpark_all()
 
     def _take(self, row: Generation, tokens: list[Token]) -> None:
         row.arrived += len(tokens)
@@ -291,6 +333,17 @@ class SlotSchedule:
             row.unread.append(token)
             self._tokens += 1
             row.ended |= token.last
+
+
+def _next_prompt(rows: Sequence[Generation]) -> Generation:
+    """The one with the least left to feed, unless another has let :data:`PATIENCE` pieces go before."""
+    chosen = max(rows, key=lambda row: row.passed)
+    if chosen.passed < PATIENCE:
+        chosen = min(rows, key=lambda row: len(row.prompt) - row.fed)
+    for row in rows:
+        row.passed += 1
+    chosen.passed = 0
+    return chosen
 
 
 def _tokens(emitted: Emitted, row: Generation) -> Iterator[Token]:
