@@ -162,4 +162,4 @@ async def follow(
                         replayer.put(Replayed(programs, record))
             replayer.news.unpark_all()
     finally:
-        await replayer.close()
+        await replayer.close()  # noqa: ASYNC102  (shielded and bounded in there)
