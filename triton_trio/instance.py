@@ -40,6 +40,7 @@ SWALLOWED = 0.1
 class InstanceState(StrEnum):
     IDLE = "idle"
     EXECUTING = "executing"
+    RECOVERING = "recovering"  #: its device was lost and is being made anew; until then it takes no work
     QUARANTINED = "quarantined"  #: its device did not let go in time; it gets no more work
 
 
@@ -78,6 +79,7 @@ class ModelInstance:
         self.state = InstanceState.IDLE
         self.batch: Batch | None = None
         self.executions = 0
+        self.why_lost = ""  #: why its device was given up, where it is one that can be made anew
         self.task: trio.lowlevel.Task | None = None
         self._backend = backend
         self._release_limit = release_limit
@@ -112,17 +114,40 @@ class ModelInstance:
         cancelled with the reason ``model_unloading``.
         """
         self.task = trio.lowlevel.current_task()
-        while self.state is not InstanceState.QUARANTINED:
+        while await self._available():
             try:
                 # In one expression: a local variable would keep the last batch's tensors alive until the next batch.
-                await self._execute(await self.model.scheduler.next_batch(self.seat))
+                await self._execute(await self._next_batch())
             finally:
                 self.seat.give_back()
             if self.executions % TURN == 0:
                 # A backend that never waits could serve a whole queue before anybody else runs, readers included.
                 await trio.lowlevel.checkpoint()
 
+    async def _available(self) -> bool:
+        """Wait until requests can be executed here; False if they never can any more."""
+        availability = self._backend.availability
+        if availability is not None and not availability.ready and self.state is InstanceState.IDLE:
+            self.state = InstanceState.RECOVERING
+            await availability.wait()
+            self.state = InstanceState.IDLE
+            if availability.why:
+                self.why_lost = availability.why
+                self._quarantine(availability.why)
+        return self.state is not InstanceState.QUARANTINED
+
+    async def _next_batch(self) -> Sequence[InferenceRequest]:
+        """What to execute next; nothing, if the device is lost meanwhile."""
+        availability, scheduler = self._backend.availability, self.model.scheduler
+        if availability is None:
+            return await scheduler.next_batch(self.seat)
+        with availability.while_ready():
+            return await scheduler.next_batch(self.seat)
+        return ()
+
     async def _execute(self, requests: Sequence[InferenceRequest]) -> None:
+        if not requests:
+            return
         scheduler = self.model.scheduler
         batch = self.batch = Batch(
             requests,
@@ -219,13 +244,16 @@ class ModelInstance:
             await released.wait()
         if released.is_set():
             return
-        self.state = InstanceState.QUARANTINED
-        LOGGER.error(
-            "instance %s quarantined: its device did not let go within %.1f s of a cancel; it gets no more work",
-            self.name,
-            self._release_limit,
-        )
+        what = f"its device did not let go within {self._release_limit:.1f} s of a cancel"
         self._backend.abandon()
+        if self._backend.availability is None:
+            self._quarantine(what)
+        else:
+            LOGGER.error("instance %s: %s; the device is made anew", self.name, what)
+
+    def _quarantine(self, what: str) -> None:
+        self.state = InstanceState.QUARANTINED
+        LOGGER.error("instance %s quarantined: %s; it gets no more work", self.name, what)
         self.model.instance_quarantined(self)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import trio
 
@@ -28,6 +28,12 @@ class Cohort:
         self.compute_output_at = 0.0
         self.rows = 0
         self.unretired = 0  #: members
+
+
+class MemberScope(Protocol):
+    """What a member's leaving cancels: a ``trio.CancelScope``, or who passes the cancel on at that instant."""
+
+    def cancel(self, *, reason: str | None = None) -> None: ...
 
 
 class Member:
@@ -74,7 +80,7 @@ class Member:
         #: From the cancel until the device had let go.
         self.seconds_after_cancel = 0.0
         #: A backend that runs each member in a scope of its own puts it here: cancelled when the member leaves.
-        self.scope: trio.CancelScope | None = None
+        self.scope: MemberScope | None = None
         #: Device steps dispatched or finished for this member after it was cancelled; the backend counts them.
         self.steps_after_cancel = 0
         # Device time; see Batch.charge().

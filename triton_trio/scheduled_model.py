@@ -105,7 +105,8 @@ class ScheduledModel(Model):
 
     def why_unavailable(self) -> str:
         if self.state is ModelState.READY:
-            return f"model '{self.name}' has no instance left: all are quarantined; reload it"
+            lost = next((instance.why_lost for instance in self.instances if instance.why_lost), None)
+            return f"model '{self.name}' has no instance left: {lost or 'all are quarantined; reload it'}"
         return super().why_unavailable()
 
     def _left(self, request: InferenceRequest, place: Place | None) -> None:

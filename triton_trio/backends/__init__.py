@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .availability import Availability as Availability
 from .base import Backend as Backend
 from .base import BackendInstance as BackendInstance
 from .base import BackendModel as BackendModel

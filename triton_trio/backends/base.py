@@ -17,6 +17,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .availability import Availability
+
 if TYPE_CHECKING:
     from ..batch import Batch
     from ..config import InstanceGroup, ModelConfig
@@ -45,6 +47,9 @@ class Placement:
 
 class BackendInstance(ABC):
     """Executes batches, one at a time, in the instance's own task."""
+
+    #: Where its device can be lost and made anew: whether it takes batches now.  None: as long as it is there.
+    availability: Availability | None = None
 
     @abstractmethod
     async def execute(self, batch: Batch) -> None:
@@ -75,8 +80,9 @@ class BackendInstance(ABC):
     def abandon(self) -> None:
         """The device did not let go within the release limit: make :meth:`execute` return now, whatever is lost.
 
-        Called at most once; the instance is quarantined and gets no more work.  The default has nothing to do:
-        an ``execute`` that waits only at Trio checkpoints always lets go.
+        Called at most once for an execution.  Without :attr:`availability` the instance is quarantined and gets no more
+        work; with it, it gets more when its device has been made anew.  The default has nothing to do: an ``execute``
+        that waits only at Trio checkpoints always lets go.
         """
         return
 

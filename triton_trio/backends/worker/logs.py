@@ -1,0 +1,67 @@
+"""Log lines of a worker process go through the server's logging, under the names that they have there."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import trio
+
+from .messages import Log
+
+if TYPE_CHECKING:
+    from .connection import Connection
+
+#: Bytes in line behind which log lines are dropped: the server does not read, and answers come first.
+FULL = 1 << 20
+
+
+class PostHandler(logging.Handler):
+    """In the worker: posts every line, from whichever thread.  Made in the Trio run that owns ``connection``."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__()
+        self._connection = connection
+        self._token = trio.lowlevel.current_trio_token()
+        self._dropped = 0
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + (self.formatter or logging.Formatter()).formatException(record.exc_info)
+        message = Log(
+            record.name,
+            record.levelno,
+            text,
+            record.created,
+            record.pathname,
+            record.lineno,
+            record.threadName or "",
+        )
+        try:
+            self._token.run_sync_soon(self._post, message)
+        except trio.RunFinishedError:
+            return
+
+    def _post(self, message: Log) -> None:
+        if self._connection.outbound_bytes > FULL:
+            self._dropped += 1
+            return
+        if self._dropped:
+            message = replace(message, text=f"({self._dropped} lines were dropped) {message.text}")
+            self._dropped = 0
+        self._connection.post(message)
+
+
+def log(message: Log, pid: int) -> None:
+    """In the server."""
+    logger = logging.getLogger(message.logger)
+    if not logger.isEnabledFor(message.level):
+        return
+    record = logger.makeRecord(message.logger, message.level, message.path, message.line, message.text, (), None)
+    record.created = message.created
+    record.process = pid
+    record.processName = "worker"
+    record.threadName = message.thread
+    logger.handle(record)

@@ -1,0 +1,82 @@
+"""A process of its own, for Python code that must not share one with the server."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Protocol
+
+import trio
+
+
+class Child(Protocol):
+    """What there is to know of a worker process."""
+
+    pid: int
+    socket: socket.socket  #: the server's end of the connection
+
+    def kill(self) -> None:
+        """Sync; nothing happens if it has ended."""
+
+    async def wait(self) -> int:
+        """Its exit code, or minus the number of the signal.  **Cancellation:** only the wait ends."""
+
+
+class ChildProcess:
+    """Made by :func:`launch`."""
+
+    def __init__(self, process: trio.Process, sock: socket.socket) -> None:
+        self.pid = process.pid
+        self.socket = sock
+        self._process = process
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    async def wait(self) -> int:
+        return await self._process.wait()
+
+
+async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
+    """Start ``python -m triton_trio.backends.worker`` with the backend that ``factory`` (``module:function``) makes.
+
+    Spawned, never forked: threads, locks and device contexts of the server mean nothing in a copy of it.  In a session
+    of its own, so that a Ctrl-C in the terminal is the server's business.  It sees the modules that the server sees.
+
+    **Cancellation:** before, not while the process starts.
+    """
+    await trio.lowlevel.checkpoint()
+    ours, theirs = socket.socketpair()
+    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+    command = [sys.executable, "-P", "-m", f"{__package__}", str(theirs.fileno()), factory]
+    with theirs:
+        try:
+            with trio.CancelScope(shield=True):  # for as long as a thread takes to fork and exec
+                process = await trio.lowlevel.open_process(
+                    command,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    env={**os.environ, **environment, "PYTHONPATH": path},
+                )
+        except OSError:
+            ours.close()
+            raise
+    return ChildProcess(process, ours)
+
+
+def describe_end(code: int | None) -> str:
+    """``ended with exit code 7``, ``was killed by SIGSEGV``."""
+    if code is None:
+        return "does not end, though it was killed"
+    if code >= 0:
+        return f"ended with exit code {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = f"signal {-code}"
+    return f"was killed by {name}" + (" (not by this server: perhaps memory ran out)" if name == "SIGKILL" else "")
