@@ -132,7 +132,6 @@ class ModelInstance:
             await availability.wait()
             self.state = InstanceState.IDLE
             if availability.why:
-                self.why_lost = availability.why
                 self._quarantine(availability.why)
         return self.state is not InstanceState.QUARANTINED
 
@@ -246,13 +245,15 @@ class ModelInstance:
             return
         what = f"its device did not let go within {self._release_limit:.1f} s of a cancel"
         self._backend.abandon()
-        if self._backend.availability is None:
+        if self._backend.availability is None or self._backend.availability.why:
             self._quarantine(what)
         else:
             LOGGER.error("instance %s: %s; the device is made anew", self.name, what)
 
     def _quarantine(self, what: str) -> None:
         self.state = InstanceState.QUARANTINED
+        if self._backend.availability is not None:
+            self.why_lost = self._backend.availability.why
         LOGGER.error("instance %s quarantined: %s; it gets no more work", self.name, what)
         self.model.instance_quarantined(self)
 

@@ -164,7 +164,11 @@ class Scheduler(ABC):
         permit = seat.permit
         try:
             while True:
-                await trio.lowlevel.checkpoint_if_cancelled()
+                try:
+                    await trio.lowlevel.checkpoint_if_cancelled()
+                except trio.Cancelled:
+                    self._wake()  # what this one was woken for is another's to do
+                    raise
                 now = again_at = trio.current_time()
                 if permit is not None:
                     again_at = self.ready_at(now, seat)

@@ -24,7 +24,8 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ..backends import Backend, BackendInstance, BackendModel, ModelContext, Placement
+from ..backends import Availability, Backend, BackendInstance, BackendModel, ModelContext, Placement
+from ..errors import Unavailable
 
 if TYPE_CHECKING:
     from ..batch import Batch, Member
@@ -193,11 +194,17 @@ class ScriptedBackend(Backend):
     Args:
       compute: from a stacked input to a stacked output; a function of each row by itself.  Default: the input.
       automatic: every execution answers at once, after one checkpoint, instead of waiting for commands.
+      one_device: all instances are on it; it is lost for all of them when one is abandoned.
     """
 
-    def __init__(self, compute: Compute = lambda stacked: stacked, *, automatic: bool = False) -> None:
+    def __init__(
+        self, compute: Compute = lambda stacked: stacked, *, automatic: bool = False, one_device: bool = False
+    ) -> None:
         self.compute = compute
         self.automatic = automatic
+        self.availability = Availability() if one_device else None
+        if self.availability is not None:
+            self.availability.restore()
         self.misbehaviour = Misbehaviour()
         self.executions: list[Execution] = []
         #: Sequences that have ended, as their instances were told: the instance's name, and how.
@@ -279,6 +286,7 @@ class ScriptedModel(BackendModel):
 
 class ScriptedInstance(BackendInstance):
     def __init__(self, backend: ScriptedBackend, name: str) -> None:
+        self.availability = backend.availability
         self._backend = backend
         self._name = name
         self._execution: Execution | None = None
@@ -294,3 +302,7 @@ class ScriptedInstance(BackendInstance):
     def abandon(self) -> None:
         if self._execution is not None:
             self._execution.abandon()
+        if self.availability is not None:
+            self.availability.end("the device that all instances are on was given up; reload the model")
+            for execution in self._backend.running:
+                execution.fail(Unavailable("the device was given up"))

@@ -89,6 +89,7 @@ class Devices:
 
 class JaxInstance(BackendInstance):
     def __init__(self, placed: PlacedModel, functions: FunctionCache) -> None:
+        self.availability = placed.device.availability
         self._placed = placed
         self._functions = functions
 

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..availability import Availability
 from .controller import LateEnqueue, program_seconds
 
 if TYPE_CHECKING:
@@ -143,6 +144,9 @@ class DeviceThread:
         self.why = ""  #: it was given up
         self.clock = clock
         self.mail: SimpleQueue[DeviceJob | None] = SimpleQueue()
+        #: Of the instances that use it, of whatever model: when it is given up, all of them take no more work.
+        self.availability = Availability()
+        self.availability.restore()
         # Of the Trio thread.
         self.jobs: dict[DeviceJob, None] = {}
         self.dropped = 0
@@ -181,6 +185,7 @@ class DeviceThread:
             self.state = DeviceState.DEAD
             self.why = why
             LOGGER.error("device %s is given up: %s", self.name, why)
+            self.availability.end(f"device {self.name} was given up: {why}")
             for job in tuple(self.jobs):
                 job.abandon(why)
 

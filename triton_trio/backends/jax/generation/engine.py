@@ -21,6 +21,7 @@ import numpy as np
 import trio
 
 from ....errors import TritonError, Unavailable
+from ...availability import Availability
 from ..controller import ChunkController
 from ..device import WINDOW, DeviceState, DeviceThread, Turn
 from ..job import DeviceJob
@@ -166,6 +167,11 @@ class SlotEngine:
             resets=self._resets,
             compiles=len(self.programs.prefill) + len(self.programs.decode),
         )
+
+    @property
+    def availability(self) -> Availability:
+        """Of its device."""
+        return self._device.availability
 
     # A request's side
 

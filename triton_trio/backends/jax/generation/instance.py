@@ -50,6 +50,7 @@ class TextInstance(BackendInstance):
     """One slot."""
 
     def __init__(self, engine: SlotEngine, slot: int, tokenizer: Tokenizer) -> None:
+        self.availability = engine.availability
         self._engine = engine
         self._slot = slot
         self._tokenizer = tokenizer
