@@ -12,7 +12,7 @@ from trio.testing import wait_all_tasks_blocked
 from tests.callers import calling
 from triton_trio import InvalidArgument, Outcome
 from triton_trio.backends import ModelContext, Placement
-from triton_trio.config import InstanceGroup
+from triton_trio.config import InstanceGroup, ModelConfig, parse_model_config
 from triton_trio.instance import InstanceState
 from triton_trio.testing import ScriptedBackend, scripted_config
 from triton_trio.testing.fixtures import Serve
@@ -46,10 +46,10 @@ class Spy(ScriptedBackend):
         self.gpus = gpus
         self.placements: list[Placement] = []
 
-    def place(self, group: InstanceGroup) -> InstanceGroup:
+    def place(self, group: InstanceGroup, config: ModelConfig) -> InstanceGroup:
         if group.kind == "KIND_AUTO" and self.gpus:
             return replace(group, kind="KIND_GPU", gpus=group.gpus or tuple(range(self.gpus)))
-        return super().place(group)
+        return super().place(group, config)
 
     @asynccontextmanager
     async def open_model(self, context: ModelContext) -> AsyncIterator[ScriptedModel]:
@@ -120,7 +120,8 @@ def test_where_the_jax_backend_places_a_group(
 
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
     monkeypatch.setattr(jax, "local_devices", lambda backend: ["one", "two"])
-    group = JaxBackend().place(InstanceGroup(kind=kind, gpus=gpus))
+    config = parse_model_config('name: "m" backend: "jax"')
+    group = JaxBackend().place(InstanceGroup(kind=kind, gpus=gpus), config)
     assert (group.kind, group.gpus) == placed
 
 

@@ -72,7 +72,7 @@ def complete_config(backend: Backend, config: ModelConfig, directory: Path, stri
     """
     if not strict:
         config = backend.auto_complete(config, directory)
-    groups = tuple(backend.place(group) for group in config.instance_groups)
+    groups = tuple(backend.place(group, config) for group in config.instance_groups)
     if groups != config.instance_groups:
         config = config.replace(instance_groups=groups)
     return config.check_complete()

@@ -109,8 +109,8 @@ class Backend(ABC):
         """Fill in what the model's files tell (inputs, outputs, batch size); sync and cheap.  Default: nothing."""
         return config
 
-    def place(self, group: InstanceGroup) -> InstanceGroup:
-        """``group`` with the kind and the devices that its configuration leaves open (``KIND_AUTO``; a GPU, but none listed).
+    def place(self, group: InstanceGroup, config: ModelConfig) -> InstanceGroup:
+        """``group`` with the kind and the devices that ``config`` leaves open (``KIND_AUTO``; a GPU, but none listed).
 
         Clients see the result in the ModelConfig RPC.  Blocking; called in a worker thread.  Default: the CPU.
         """

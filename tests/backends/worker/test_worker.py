@@ -583,5 +583,5 @@ async def test_lanes_requests_that_wait_and_statistics(tmp_path: Path, autojump_
             assert one.pid == other.pid == 1000
             assert one.backend.executions + other.backend.executions == 3
             assert [bucket.k for bucket in one.backend.buckets] == [1, 2]
-            assert type(one.backend).__name__ == "Counts"
+            assert (type(one.backend).__name__, type(one.backend.buckets[0]).__name__) == ("Counts", "Bucket")
             await wait_all_tasks_blocked()

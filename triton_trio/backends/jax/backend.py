@@ -2,14 +2,18 @@
 
 Or, with the parameter ``model_format: "llama"``, a language model and no code: see
 :class:`~triton_trio.backends.jax.generation.options.TextOptions`.
+
+With the parameter ``worker_process: "true"`` all of it is in a process of its own: see :mod:`triton_trio.backends.worker`.
 """
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +22,8 @@ import trio
 
 from ...errors import InvalidArgument
 from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
+from ..worker import launch, open_worker_model
+from ..worker.process import python, worker_environment
 from .apply import execute_apply
 from .checks import check_config
 from .device import DeviceState, DeviceStatistics, DeviceThread, Executor
@@ -25,13 +31,17 @@ from .explicit import FunctionCache, execute_explicit, warm_up
 from .generation.model import LlamaModel, is_language_model, open_language_model
 from .generation.request import complete
 from .loader import Form, ModelFunctions, find_functions, imported
-from .options import JaxOptions
+from .options import JaxOptions, wants_worker
 from .placed import PlacedModel, PlacedStatistics
 from .steps import execute_steps
 
 if TYPE_CHECKING:
     from ...batch import Batch
     from ...config import InstanceGroup, ModelConfig
+    from ..worker.model import WorkerModel
+
+#: Of a worker process: it shares its devices with others, so it must not take all their memory when it begins.
+WORKER_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 #: Seconds a Python thread may keep the GIL while a device thread waits for it; Python's own default is ten times that.
 SWITCH_INTERVAL = 5e-4
@@ -160,35 +170,53 @@ class JaxBackend(Backend):
 
     Args:
       executor: makes, for the device of the given name, what calls it; for tests.
+      workers: whether models may ask for a process of their own; not in such a process.
     """
 
-    def __init__(self, executor: Callable[[str], Executor] = lambda name: Executor()) -> None:
+    def __init__(self, executor: Callable[[str], Executor] = lambda name: Executor(), *, workers: bool = True) -> None:
         self._devices = Devices(executor)
+        self._workers = workers
 
     def statistics(self) -> tuple[DeviceStatistics, ...]:
-        """One for each device in use."""
+        """One for each device in use in this process."""
         return self._devices.statistics()
 
     def auto_complete(self, config: ModelConfig, model_directory: Path) -> ModelConfig:
         """A language model's tensors are known; those of model.py are what config.pbtxt says."""
         return complete(config) if is_language_model(config) else config
 
-    def place(self, group: InstanceGroup) -> InstanceGroup:
+    def place(self, group: InstanceGroup, config: ModelConfig) -> InstanceGroup:
         """On every GPU that JAX has, or else on the CPU; with another platform as default, that stays JAX's choice."""
-        platform = jax.default_backend()
+        if group.kind != "KIND_AUTO" and (group.kind != "KIND_GPU" or group.gpus):
+            return group
+        platform, count = self._found_by_a_worker if wants_worker(config) else find_platform()
         if group.kind == "KIND_AUTO" and platform in ("cpu", "gpu"):
             group = replace(group, kind=f"KIND_{platform.upper()}")
         if group.kind == "KIND_GPU" and not group.gpus and platform == "gpu":
-            group = replace(group, gpus=tuple(range(len(jax.local_devices(backend="gpu")))))
+            group = replace(group, gpus=tuple(range(count)))
         return group
 
+    @cached_property
+    def _found_by_a_worker(self) -> tuple[str, int]:
+        """As :func:`find_platform`, which would take the devices, and their memory, into this process for ever."""
+        command = python("-c", f"from {__name__} import find_platform; print(*find_platform())")
+        environment = worker_environment(WORKER_ENVIRONMENT)
+        found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
+        platform, count = found.stdout.split()[-2:]
+        return platform, int(count)
+
     @asynccontextmanager
-    async def open_model(self, context: ModelContext) -> AsyncIterator[JaxModel | LlamaModel]:
+    async def open_model(self, context: ModelContext) -> AsyncIterator[JaxModel | LlamaModel | WorkerModel]:
         """Import model.py and recognise its form, or open a language model's files; instances do the rest.
 
         **Cancellation:** before and after that; nothing is left behind.
         """
         config = context.config
+        if self._workers and wants_worker(config):
+            start = partial(launch, f"{__name__}:{in_worker.__name__}", WORKER_ENVIRONMENT)
+            async with open_worker_model(context, start) as worker_model:
+                yield worker_model
+            return
         if is_language_model(config):
             async with open_language_model(context, find_device=find_device, use=self._devices.use) as language_model:
                 yield language_model
@@ -201,6 +229,17 @@ class JaxBackend(Backend):
             await trio.lowlevel.checkpoint()
             functions = find_functions(module, path, config, max_steps=options.max_steps)
             yield JaxModel(context, functions, options, self._devices)
+
+
+def in_worker() -> JaxBackend:
+    """The backend of a worker process."""
+    return JaxBackend(workers=False)
+
+
+def find_platform() -> tuple[str, int]:
+    """JAX's default platform, and how many devices it has.  Blocking: the first call starts JAX's backends."""
+    platform = jax.default_backend()
+    return platform, len(jax.local_devices(backend=platform))
 
 
 def find_device(model_name: str, placement: Placement) -> jax.Device:

@@ -50,6 +50,11 @@ class JaxOptions:
         MiB on a device that the parameters and one batch for each instance there may take.  A bucket whose programs, by
         XLA's account, need more is refused when it is compiled: at load, or with variable dims at the request.  No
         limit by default.
+    ``worker_process``
+        ``true``: the model is in a process of its own, so that neither the server's busy event loop nor another model's
+        delays its device, and what takes the process down takes this model's executions and nothing else.  A device
+        that hangs is then replaced, with the process; an execution costs some tenths of a millisecond more, and every
+        MiB of tensors about one.  Also for a language model.
     ``x64``
         ``true`` or ``false``: JAX's 64-bit mode for this model; by default on if a tensor is FP64, INT64 or UINT64,
         which the correlation ID of a sequence may be, too.
@@ -120,6 +125,17 @@ class JaxOptions:
             return None
         smaller = self.bucket(wanted)
         return smaller if smaller < bucket else None
+
+
+def wants_worker(config: ModelConfig) -> bool:
+    """The parameter ``worker_process``; raises :exc:`InvalidArgument` if it makes no sense."""
+    text = config.parameters.get("worker_process", "false")
+    try:
+        return _flag(text)
+    except ValueError:
+        raise InvalidArgument(
+            f"model '{config.name}': parameter worker_process in config.pbtxt must be 'true' or 'false', got '{text}'"
+        ) from None
 
 
 def default_buckets(max_batch_size: int) -> tuple[int, ...]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from contextlib import AsyncExitStack
-from dataclasses import asdict, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -35,7 +34,7 @@ from .messages import (
     Waiting,
     write_error,
 )
-from .plain import read_config
+from .plain import read_config, write_statistics
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -200,9 +199,7 @@ class Host:
             LOGGER.exception("on_sequence_end of instance %s failed", end.instance)
 
     def _report(self, name: str) -> None:
-        statistics = self._instances[name].statistics()
-        if is_dataclass(statistics) and not isinstance(statistics, type):
-            self._connection.post(Report(name, type(statistics).__name__, asdict(statistics)))
+        self._connection.post(Report(name, write_statistics(self._instances[name].statistics())))
 
 
 def _on(config: ModelConfig) -> Iterable[tuple[str, int]]:

@@ -210,11 +210,10 @@ class Ended(Message):
 
 @dataclass(frozen=True, slots=True)
 class Report(Message):
-    """What ``statistics()`` has returned there: the name of its class, and its fields."""
+    """What ``statistics()`` has returned there; see :func:`~triton_trio.backends.worker.plain.write_statistics`."""
 
     instance: str
-    kind: str
-    fields: Mapping[str, object]
+    statistics: object
 
 
 @dataclass(frozen=True, slots=True)

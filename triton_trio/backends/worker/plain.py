@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import make_dataclass
+from dataclasses import fields, is_dataclass, make_dataclass
 from functools import lru_cache
 from keyword import iskeyword
 from typing import Any
 
 from ...config import ModelConfig
 from ...config.model_config import MESSAGE
+
+_KIND = "class"  #: no field can have that name
 
 
 def write_config(config: ModelConfig) -> str:
@@ -23,23 +25,29 @@ def read_config(written: str) -> ModelConfig:
     return ModelConfig.read(MESSAGE.FromString(written.encode("latin-1"))).backend_view()
 
 
-def read_fields(kind: str, fields: Mapping[str, Any]) -> object:
-    """A frozen object with the fields that ``statistics()`` had in the worker.
+def write_statistics(value: object) -> object:
+    """Dataclasses become mappings that know the names of their classes; what has no plain form becomes text."""
+    if is_dataclass(value) and not isinstance(value, type):
+        values = {field.name: write_statistics(getattr(value, field.name)) for field in fields(value)}
+        return {_KIND: type(value).__name__, **values}
+    if isinstance(value, Mapping):
+        return {str(key): write_statistics(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [write_statistics(each) for each in value]
+    return value if value is None or isinstance(value, str | int | float) else str(value)
 
-    Objects in it have become objects of the same kind, and mappings with other keys than names are mappings.
-    """
-    values = {name: _read_field(kind, value) for name, value in fields.items()}
-    if not all(name.isidentifier() and not iskeyword(name) for name in (kind, *values)):
+
+def read_statistics(written: Any) -> Any:
+    """With frozen objects where dataclasses were; they have the same fields, and a class of the same name."""
+    if isinstance(written, list):
+        return tuple(map(read_statistics, written))
+    if not isinstance(written, dict):
+        return written
+    values = {name: read_statistics(each) for name, each in written.items()}
+    kind = values.pop(_KIND, None)
+    if not all(isinstance(name, str) and name.isidentifier() and not iskeyword(name) for name in (kind, *values)):
         return values
     return _frozen(kind, tuple(values))(**values)
-
-
-def _read_field(kind: str, value: Any) -> Any:
-    if isinstance(value, dict):
-        return read_fields(kind, value)
-    if isinstance(value, list):
-        return tuple(_read_field(kind, each) for each in value)
-    return value
 
 
 @lru_cache(64)

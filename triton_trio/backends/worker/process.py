@@ -41,18 +41,34 @@ class ChildProcess:
         return await self._process.wait()
 
 
+def python(*arguments: str) -> list[str]:
+    """The command of a process that runs what this one runs."""
+    return [
+        sys.executable,
+        "-P",
+        *arguments,
+    ]  # -P: the current directory is no place for modules, unless it is one here
+
+
+def worker_environment(more: Mapping[str, str]) -> dict[str, str]:
+    """This process's environment and ``more`` where it leaves that open; and its modules are found."""
+    return {**more, **os.environ, "PYTHONPATH": os.pathsep.join(entry or os.getcwd() for entry in sys.path)}
+
+
 async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
     """Start ``python -m triton_trio.backends.worker`` with the backend that ``factory`` (``module:function``) makes.
 
     Spawned, never forked: threads, locks and device contexts of the server mean nothing in a copy of it.  In a session
-    of its own, so that a Ctrl-C in the terminal is the server's business.  It sees the modules that the server sees.
+    of its own, so that a Ctrl-C in the terminal is the server's business.
+
+    Args:
+      environment: variables, for which a value in the server's own environment goes first.
 
     **Cancellation:** before, not while the process starts.
     """
     await trio.lowlevel.checkpoint()
     ours, theirs = socket.socketpair()
-    path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
-    command = [sys.executable, "-P", "-m", f"{__package__}", str(theirs.fileno()), factory]
+    command = python("-m", f"{__package__}", str(theirs.fileno()), factory)
     with theirs:
         try:
             with trio.CancelScope(shield=True):  # for as long as a thread takes to fork and exec
@@ -61,7 +77,7 @@ async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
                     stdin=subprocess.DEVNULL,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
-                    env={**os.environ, **environment, "PYTHONPATH": path},
+                    env=worker_environment(environment),
                 )
         except OSError:
             ours.close()

@@ -30,7 +30,7 @@ from .messages import (
     Respond,
     read_error,
 )
-from .plain import read_fields
+from .plain import read_statistics
 from .process import Child, describe_end
 from .wire import NonsenseError
 
@@ -161,7 +161,7 @@ class Session:
                 if self._asked is not None:
                     self._asked.set()
             case Report():
-                self.reports[message.instance] = (trio.current_time(), read_fields(message.kind, message.fields))
+                self.reports[message.instance] = (trio.current_time(), read_statistics(message.statistics))
             case Log():
                 log(message, self.child.pid)
             case _:

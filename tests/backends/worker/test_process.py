@@ -1,0 +1,139 @@
+"""Real processes: how they are started, how they end, and who notices.  Few, for each takes half a second to begin."""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
+from pathlib import Path
+from textwrap import dedent
+
+import numpy as np
+import pytest
+import trio
+
+from tests.callers import calling
+from triton_trio import InferenceServer, Outcome, Unavailable
+from triton_trio.backends import Backend, BackendModel, ModelContext
+from triton_trio.backends.worker import WorkerLimits, launch, open_worker_model
+from triton_trio.testing import open_test_server, scripted_config
+
+INPUTS = {"INPUT0": np.float32([1, 2])}
+
+
+class Processes(Backend):
+    def open_model(self, context: ModelContext) -> AbstractAsyncContextManager[BackendModel]:
+        start = partial(launch, f"{__package__}.children:obedient", {})
+        return open_worker_model(context, start, limits=WorkerLimits(delay=0))
+
+
+@asynccontextmanager
+async def processes(root: Path, *, more: str = "", **options: object) -> AsyncIterator[InferenceServer]:
+    async with open_test_server(
+        root, {"m": scripted_config(instances=2, more=more)}, Processes(), limit=30, **options
+    ) as server:
+        yield server
+
+
+def pid_of(server: InferenceServer) -> int:
+    return server.model("m").instances[0].statistics().backend.pid
+
+
+def is_gone(pid: int) -> bool:
+    """Reaped, too: of a zombie there would be an entry."""
+    return not Path(f"/proc/{pid}").exists()
+
+
+async def test_a_process_is_killed_crashes_hangs_and_is_replaced_each_time(tmp_path: Path) -> None:
+    async with processes(tmp_path, release_limit=0.2) as server, calling(server.model("m")) as callers:
+        model = server.model("m")
+        pids = []
+        for do, how in (
+            ("wait", "was killed by SIGKILL (not by this server: perhaps memory ran out)"),
+            ("exit", "ended with exit code 7"),
+            ("crash", "was killed by SIGSEGV"),
+            ("hang", "was killed, for its device did not let go in time after a cancel"),
+        ):
+            pids.append(pid_of(server))
+            waiting = await callers.call("waits", parameters={"do": "wait"})
+            bad = await callers.call("bad", parameters={"do": do})
+            queued = await callers.call("queued")
+            if do == "wait":
+                os.kill(pids[-1], signal.SIGKILL)
+            if do == "hang":
+                bad.leave()
+            await waiting.ended.wait()
+            await bad.ended.wait()
+            assert isinstance(waiting.error, Unavailable)
+            assert waiting.error.message == f"the worker process of model 'm' {how}; it is being restarted"
+            await queued.ended.wait()
+            assert queued.outcome is Outcome.OK
+            assert model.ready
+        assert len({*pids, pid_of(server)}) == 5
+        assert all(map(is_gone, pids))
+        last = pid_of(server)
+        answer = await model.infer(model.request(INPUTS, parameters={"do": "interrupt"}))
+        assert answer.outputs["OUTPUT0"].tolist() == [1, 2]  # signals are the server's business
+        await model.infer(model.request(INPUTS, parameters={"do": "session"}))
+    assert is_gone(last)
+
+
+async def test_log_lines_come_through_the_servers_logging(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async with processes(tmp_path) as server:
+        model = server.model("m")
+        await model.infer(model.request(INPUTS, parameters={"do": "log"}))
+        first, second = [record for record in caplog.records if record.name == "triton_trio.tests.children"]
+        assert (first.levelno, first.getMessage()) == (logging.WARNING, "one line")
+        assert (first.filename, first.process) == ("children.py", pid_of(server))
+        assert second.getMessage().startswith("an error\nTraceback")
+        assert second.getMessage().endswith("ValueError: which has reasons")
+
+
+async def test_megabytes_go_there_and_back(tmp_path: Path) -> None:
+    config = scripted_config(max_batch_size=2, dims=(-1,))
+    async with open_test_server(tmp_path, {"m": config}, Processes(), limit=30) as server:
+        big = np.random.default_rng(0).random((2, 1_500_001)).astype(np.float32)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.model("m").infer, {"INPUT0": big})
+            response = await server.model("m").infer({"INPUT0": big})
+        assert np.array_equal(response.outputs["OUTPUT0"], big)
+
+
+async def test_a_process_that_ends_in_the_load_says_how(tmp_path: Path) -> None:
+    more = 'parameters { key: "on_load" value { string_value: "crash" } }'
+    async with processes(tmp_path, more=more, explicit=True) as server:
+        with pytest.raises(Unavailable, match="the worker process of model 'm' was killed by SIGSEGV"):
+            await server.load_model("m")
+
+
+SERVER = """
+    import sys, trio
+    from tests.backends.worker.test_process import *
+
+    async def main():
+        async with processes(Path(sys.argv[1])) as server:
+            model = server.model("m")
+            await model.infer(model.request(INPUTS, parameters={"do": "hang"}))
+
+    trio.run(main)
+"""
+
+
+async def test_no_process_outlives_a_server_that_was_killed_though_its_event_loop_hangs(tmp_path: Path) -> None:
+    with trio.fail_after(30):
+        process = await trio.lowlevel.open_process(
+            [sys.executable, "-c", dedent(SERVER), str(tmp_path)], stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        async with process.stdout:
+            worker = int(await process.stdout.receive_some())
+            assert not is_gone(worker)
+            process.kill()
+            await process.wait()
+            # Not our child, so there is nothing to wait for but its end of the pipe that it has inherited.
+            assert await process.stdout.receive_some() == b""
