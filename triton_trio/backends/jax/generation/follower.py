@@ -25,6 +25,8 @@ from .slots import Emitted
 
 #: Seconds for programs on the device to end when the follower does.  Without the other hosts they may never.
 RELEASE = 5.0
+#: Seconds between two attempts to connect.
+_AGAIN = 0.2
 
 
 class Replayed(Turn):
@@ -119,6 +121,29 @@ class Replayer:
     def _stopped(self) -> None:
         self._running -= 1
         self.news.unpark_all()
+
+
+async def connect(host: str, port: int, plan: PlanFormat, process: int, *, within: float) -> trio.SocketStream:
+    """Tell the leader that this process's programs are ready.
+
+    Args:
+      within: seconds to wait for a leader that does not listen yet.
+
+    Raises:
+      Unavailable: there is none.
+
+    **Cancellation:** at any wait; nothing is left behind.
+    """
+    with trio.move_on_after(within):
+        while True:
+            try:
+                stream = await trio.open_tcp_stream(host, port)
+            except OSError:
+                await trio.sleep(_AGAIN)
+                continue
+            await stream.send_all(plan.hello(process))
+            return stream
+    raise Unavailable(f"no leader at {host}:{port} within {within:g} s")
 
 
 async def follow(

@@ -10,15 +10,15 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager, suppress
+from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
 import trio
 
 from ....errors import Unavailable
 from ..device import WINDOW
 from .engine import SlotPrograms
-from .plan import Kind, PlanFormat, PlanRecord
+from .plan import Kind, PlanBroken, PlanFormat, PlanRecord
 from .schedule import Program
 from .slots import Emitted
 
@@ -160,6 +160,43 @@ class Leader:
             with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # it has its own reasons to end
                 await stream.send_all(farewell)
             await trio.aclose_forcefully(stream)
+
+
+async def greet_followers(
+    listener: trio.abc.Listener[trio.SocketStream], plan: PlanFormat, processes: Collection[int], *, within: float
+) -> dict[str, trio.abc.Stream]:
+    """Wait until each of these processes has connected and said that its programs are ready.
+
+    Args:
+      within: seconds for all of them.
+
+    Raises:
+      Unavailable: not all have come.
+      PlanBroken: somebody came who is none of them, or has another plan.
+
+    **Cancellation:** at any wait; connections are closed, and the listener stays open.
+    """
+    followers: dict[int, trio.abc.Stream] = {}
+    async with AsyncExitStack() as stack:
+        with trio.move_on_after(within):
+            while len(followers) < len(processes):
+                stream = await stack.enter_async_context(await listener.accept())
+                hello = b""
+                while len(hello) < plan.HELLO_BYTES and (
+                    data := await stream.receive_some(plan.HELLO_BYTES - len(hello))
+                ):
+                    hello += data
+                process = plan.greeted(hello.ljust(plan.HELLO_BYTES))
+                if process not in processes or process in followers:
+                    raise PlanBroken(
+                        f"process {process} said that it is ready, but is not one of those that are awaited"
+                    )
+                followers[process] = stream
+        missing = sorted({*processes} - {*followers})
+        if missing:
+            raise Unavailable(f"no word from process {', '.join(map(str, missing))} within {within:g} s")
+        stack.pop_all()
+    return {f"process {process}": stream for process, stream in followers.items()}
 
 
 @asynccontextmanager
