@@ -14,6 +14,7 @@ NAMES = {
     "curve": "(c) throughput and cancel latency against chunk time",
     "inflight": "(d) 10,000 requests in flight",
     "schedulers": "(e) what scheduling costs, without a network",
+    "worker": "(f) a JAX model in a worker process, against one in the server",
 }
 
 

@@ -53,8 +53,8 @@ class JaxOptions:
     ``worker_process``
         ``true``: the model is in a process of its own, so that neither the server's busy event loop nor another model's
         delays its device, and what takes the process down takes this model's executions and nothing else.  A device
-        that hangs is then replaced, with the process; an execution costs some tenths of a millisecond more, and every
-        MiB of tensors about one.  Also for a language model.
+        that hangs is then replaced, with the process.  An execution costs some tenths of a millisecond more, and so does
+        every MiB of tensors.  Also for a language model.
     ``x64``
         ``true`` or ``false``: JAX's 64-bit mode for this model; by default on if a tensor is FP64, INT64 or UINT64,
         which the correlation ID of a sequence may be, too.

@@ -1,0 +1,92 @@
+"""JAX models in a worker: the same answers, bit for bit.  Two processes in all, for each takes seconds to begin."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import trio
+
+import triton_trio
+from tests.backends.generation.served import drawn, write_language_model
+from tests.backends.world import COUNTDOWN, COUNTDOWN_CONFIG, countdown, until, write_model
+from triton_trio import Model, Outcome
+from triton_trio.testing import assert_quiescent
+
+BATCHING = "dynamic_batching { max_queue_delay_microseconds: 50000 preferred_batch_size: 4 }"
+
+
+async def test_law_7_survivors_in_a_worker_are_bit_equal_to_those_in_the_server(tmp_path: Path) -> None:
+    for name, worker in (("here", "false"), ("there", "true")):
+        write_model(
+            tmp_path,
+            COUNTDOWN,
+            COUNTDOWN_CONFIG + BATCHING,
+            name=name,
+            max_batch_size=4,
+            buckets=4,
+            ladder="1,2,4",
+            worker_process=worker,
+        )
+    with trio.fail_after(60):
+        async with triton_trio.open_server(tmp_path) as server:
+            here, there = server.model("here"), server.model("there")
+            answers: dict[tuple[str, int], bytes] = {}
+
+            async def client(model: Model, seed: int) -> None:
+                response = await model.infer(countdown(100 + seed, seed))
+                answers[model.name, seed] = b"".join(array.tobytes() for _, array in sorted(response.outputs.items()))
+
+            async with trio.open_nursery() as clients:
+                for seed in range(4):
+                    clients.start_soon(client, here, seed)
+            leaving = there.request(countdown(1_000_000))
+            async with trio.open_nursery() as clients:
+                for seed in range(3):
+                    clients.start_soon(client, there, seed)
+                async with trio.open_nursery() as impatient:
+                    impatient.start_soon(there.infer, leaving)
+                    # Its batch is formed when all four are there, and ends long before these steps do.
+                    await until(lambda: (batch := there.instances[0].batch) is not None and leaving.place is batch)
+                    impatient.cancel_scope.cancel()
+            for seed in range(3):
+                assert answers["here", seed] == answers["there", seed]
+            assert leaving.outcome is Outcome.CANCELLED
+            async with trio.open_nursery() as last:
+                # The last one of a batch leaves: the device is idle for it soon, and serves others.
+                last.start_soon(there.infer, countdown(1_000_000_000))
+                await until(lambda: there.instances[0].batch is not None)
+                last.cancel_scope.cancel()
+            await client(there, 3)
+            assert answers["here", 3] == answers["there", 3]
+            await trio.testing.wait_all_tasks_blocked()
+            assert_quiescent(server)
+            assert there.counters.device_seconds_useful > 0
+
+
+async def test_a_language_model_in_a_worker_writes_the_same_text(tmp_path: Path) -> None:
+    write_language_model(tmp_path / "here")
+    write_language_model(tmp_path / "there", worker_process="true")
+    texts: dict[str, list[int]] = {}
+
+    async def read(model: Model, most: int | None = None) -> list[int]:
+        tokens: list[int] = []
+        async with model.open_responses(drawn(1)) as responses:
+            async for response in responses:
+                tokens += response.outputs["token_id"].tolist() if response.outputs else []
+                if most is not None and len(tokens) >= most:
+                    break
+        return tokens
+
+    with trio.fail_after(60):
+        for where in ("here", "there"):
+            async with triton_trio.open_server(tmp_path / where) as server:
+                model = server.model("llm")
+                assert [instance.name for instance in model.instances] == ["llm_0_0", "llm_0_1", "llm_0_2"]
+                async with trio.open_nursery() as readers:
+                    for _ in range(2):
+                        readers.start_soon(read, model, 5)  # leaves in the middle
+                    texts[where] = await read(model)
+                await trio.testing.wait_all_tasks_blocked()
+                assert_quiescent(server)
+    assert texts["here"] == texts["there"]
+    assert len(texts["there"]) == 30
