@@ -14,7 +14,8 @@ NAMES = {
     "curve": "(c) throughput and cancel latency against chunk time",
     "inflight": "(d) 10,000 requests in flight",
     "schedulers": "(e) what scheduling costs, without a network",
-    "worker": "(f) a JAX model in a worker process, against one in the server",
+    "checkpoints": "(f) what checkpoints cost and buy, on an emulated device",
+    "worker": "(g) a JAX model in a worker process, against one in the server",
 }
 
 
@@ -26,7 +27,7 @@ def main() -> int:
     if len(sys.argv) > 1:
         print("usage: python -m bench [NAME] [options]; without NAME, all of:", file=sys.stderr)
         for name, what in NAMES.items():
-            print(f"  {name:10} {what}", file=sys.stderr)
+            print(f"  {name:11} {what}", file=sys.stderr)
         return 2
     failed = []
     for name, what in NAMES.items():

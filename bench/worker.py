@@ -1,4 +1,4 @@
-"""(f) A JAX model in a worker process against the same model in the server: what it costs, and what it saves.
+"""(g) A JAX model in a worker process against the same model in the server: what it costs, and what it saves.
 
 In process (no network), in alternating rounds.  "Busy" is a task of the event loop that computes in Python and never rests but
 for a checkpoint every few milliseconds: the worst that handlers can do to a device thread which shares the GIL with them.
