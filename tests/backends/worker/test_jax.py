@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import trio
 
 import triton_trio
 from tests.backends.generation.served import drawn, write_language_model
 from tests.backends.world import COUNTDOWN, COUNTDOWN_CONFIG, countdown, until, write_model
-from triton_trio import Model, Outcome
+from triton_trio import Model, Outcome, Unavailable
+from triton_trio.backends.jax import JaxBackend
 from triton_trio.testing import assert_quiescent
+from triton_trio.testing.device import DeviceGate
 
 BATCHING = "dynamic_batching { max_queue_delay_microseconds: 50000 preferred_batch_size: 4 }"
 
@@ -90,3 +93,18 @@ async def test_a_language_model_in_a_worker_writes_the_same_text(tmp_path: Path)
                 assert_quiescent(server)
     assert texts["here"] == texts["there"]
     assert len(texts["there"]) == 30
+
+
+async def test_a_device_that_is_broken_for_the_process_is_given_up_there_and_then(tmp_path: Path) -> None:
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=1, ladder=1)
+    gate = DeviceGate()
+    gate.open()
+    gate.fail(1, "INTERNAL: CUDA error: CUDA_ERROR_ILLEGAL_ADDRESS: an illegal memory access was encountered")
+    with trio.fail_after(30):
+        async with triton_trio.open_server(
+            tmp_path, backends={"jax": lambda: JaxBackend(executor=gate.executor)}
+        ) as server:
+            model = server.model("m")
+            with pytest.raises(Unavailable, match="after CUDA_ERROR_ILLEGAL_ADDRESS no program can run there"):
+                await model.infer(countdown(3))
+            await until(lambda: not model.ready)

@@ -15,7 +15,8 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.callers import calling
 from triton_trio import InvalidArgument, Model, Outcome, Reason, Unavailable
-from triton_trio.backends import Backend, BackendInstance, BackendModel, ModelContext, Placement
+from triton_trio.backends import Availability, Backend, BackendInstance, BackendModel, ModelContext, Placement
+from triton_trio.backends.worker.messages import Finish
 from triton_trio.batch import Batch
 from triton_trio.instance import InstanceState
 from triton_trio.request import RESPONSE_BUFFER
@@ -359,6 +360,36 @@ async def test_a_worker_that_talks_nonsense_is_killed(tmp_path: Path, autojump_c
         assert "said what makes no sense" in a.error.message
         await wait_all_tasks_blocked()
         assert len(backend.children) == 2
+
+
+async def test_a_message_that_makes_no_sense_now_is_no_error_of_the_servers(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    hosted = ScriptedBackend()
+    async with workers(tmp_path, PLAIN, hosted) as (server, backend), calling(server.model("m")) as callers:
+        a = await callers.call("a")
+        backend.child.connection.post(Finish(1, 99))
+        await a.ended.wait()
+        assert "said what makes no sense" in a.error.message
+
+
+async def test_a_device_that_its_backend_gives_up_is_had_again_in_another_process(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    hosted = ScriptedBackend(one_device=True)
+    config = scripted_config(instances=2)
+    async with workers(tmp_path, config, hosted) as (server, backend), calling(server.model("m")) as callers:
+        a, b, c = [await callers.call(label) for label in "abc"]
+        lost, hosted.availability = hosted.availability, Availability()
+        hosted.availability.restore()
+        lost.end("its context is broken")
+        await a.ended.wait()
+        await b.ended.wait()
+        assert a.error.message == b.error.message
+        assert "model 'm' was killed: its context is broken; it is being restarted" in a.error.message
+        (await hosted.wait_execution(2)).finish()
+        await c.ended.wait()
+        assert c.outcome is Outcome.OK and len(backend.children) == 2
 
 
 # Load and unload

@@ -34,6 +34,7 @@ import trio
 
 from ..availability import Availability
 from .controller import LateEnqueue, program_seconds
+from .memory import breaks_device
 
 if TYPE_CHECKING:
     from .job import DeviceJob
@@ -344,6 +345,12 @@ class DeviceThread:
         if not job.draining:
             LOGGER.error("%s failed on device %s: %s", job.name, self.name, traceback.format_exc())
         job.drop_turns()
+        if found := breaks_device(turn.failure):
+            why = (
+                f"after {found} no program can run there in this process; restart it (see the parameter worker_process)"
+            )
+            with contextlib.suppress(trio.RunFinishedError):
+                self._token.run_sync_soon(self.abandon, why)
 
     def _complete(self, job: DeviceJob, turn: Turn) -> None:
         job.finished += 1

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 
 MIB = 1 << 20
+#: CUDA's errors after which every call of the process fails: the device is broken for it, and only for it.
+_BREAKS_DEVICE = re.compile(
+    "CUDA_ERROR_(ILLEGAL_ADDRESS|ILLEGAL_INSTRUCTION|MISALIGNED_ADDRESS|INVALID_ADDRESS_SPACE|INVALID_PC|LAUNCH_FAILED|"
+    "LAUNCH_TIMEOUT|HARDWARE_STACK_ERROR|ASSERT|ECC_UNCORRECTABLE|NVLINK_UNCORRECTABLE|CONTEXT_IS_DESTROYED)"
+)
 
 
 def tree_bytes(tree: Any) -> int:
@@ -82,3 +88,9 @@ def failure_text(what: str, device: str, failure: str) -> str:
         f"{what} ran out of memory on device {device}: {failure}; send smaller batches or tensors, or set "
         "device_memory_limit_mb in config.pbtxt so that what cannot fit is refused before it runs"
     )
+
+
+def breaks_device(failure: str) -> str:
+    """What in the text of ``failure`` says that no program can run on the device any more; empty if nothing does."""
+    found = _BREAKS_DEVICE.search(failure)
+    return found.group() if found else ""

@@ -13,6 +13,7 @@ import trio
 from ...config import ModelConfig
 from ...errors import InternalError, TritonError
 from ...scopes import Reason, SequenceEnd, SequenceEndCause
+from ..availability import Availability
 from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from .hosted import HostedBatch
 from .messages import (
@@ -20,6 +21,7 @@ from .messages import (
     Close,
     EndSequence,
     Execute,
+    GivenUp,
     Hello,
     InstanceOpened,
     Leave,
@@ -75,7 +77,7 @@ class Host:
             self._connection.post(Hello())
             try:
                 with self._opening:
-                    await self._serve()
+                    await self._serve(nursery)
             finally:
                 with trio.move_on_after(LAST_WORDS, shield=True):
                     await self._connection.wait_written()
@@ -83,12 +85,12 @@ class Host:
 
     # Opening: all in one task, for what is opened last is closed first
 
-    async def _serve(self) -> None:
+    async def _serve(self, nursery: trio.Nursery) -> None:
         async with AsyncExitStack() as stack:
             try:
                 async for wanted in self._wanted:
                     try:
-                        opened = await self._open(stack, wanted)
+                        opened = await self._open(stack, wanted, nursery)
                     except TritonError as exc:
                         self._connection.post(Refused(write_error(exc)))
                     except Exception as exc:
@@ -105,7 +107,7 @@ class Host:
                     while self._batches:
                         await self._ended.park()
 
-    async def _open(self, stack: AsyncExitStack, wanted: OpenModel | OpenInstance) -> Message:
+    async def _open(self, stack: AsyncExitStack, wanted: OpenModel | OpenInstance, nursery: trio.Nursery) -> Message:
         if isinstance(wanted, OpenModel):
             config = self._config = read_config(wanted.config)
             self._version = wanted.version
@@ -125,7 +127,17 @@ class Host:
         instance = await stack.enter_async_context(self._model.open_instance(placement))
         self._instances[wanted.name] = instance
         self._report(wanted.name)
+        if instance.availability is not None:
+            # Owner: the host's nursery, with which it ends.
+            nursery.start_soon(self._watch_device, instance.availability, name=f"device of {wanted.name}")
         return InstanceOpened(wanted.name)
+
+    async def _watch_device(self, availability: Availability) -> None:
+        while not availability.why:
+            with availability.while_ready():
+                await trio.sleep_forever()
+            await availability.wait()
+        self._connection.post(GivenUp(availability.why))
 
     # What comes
 

@@ -209,6 +209,13 @@ class Ended(Message):
 
 
 @dataclass(frozen=True, slots=True)
+class GivenUp(Message):
+    """The backend has given its device up for good, which another process may have again."""
+
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
 class Report(Message):
     """What ``statistics()`` has returned there; see :func:`~triton_trio.backends.worker.plain.write_statistics`."""
 

@@ -11,6 +11,7 @@ import trio
 
 from ...errors import Unavailable
 from ...groups import WithoutGroups
+from ..availability import Availability
 from .connection import Connection
 from .execution import RemoteExecution
 from .logs import log
@@ -18,6 +19,7 @@ from .messages import (
     Ended,
     Fail,
     Finish,
+    GivenUp,
     Hello,
     InstanceOpened,
     Log,
@@ -48,17 +50,27 @@ class Session:
 
     Args:
       name: of the worker, for messages.
-      on_news: called when it has said something of an execution.
+      availability: lost with the process.
+      on_news: called when the process has said something of an execution.
       reap_limit: seconds in which a process must have ended that was killed, or has closed its end of the connection.
     """
 
-    def __init__(self, name: str, child: Child, *, on_news: Callable[[], None], reap_limit: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        child: Child,
+        availability: Availability,
+        *,
+        on_news: Callable[[], None],
+        reap_limit: float,
+    ) -> None:
         self.child = child
         self.connection = Connection(child.socket)
         self.end = ""  #: once it has ended: how
         self.reports: dict[str, tuple[float, object]] = {}  #: what instances count, and when they said so
         self.executions: dict[int, RemoteExecution] = {}
         self._name = name
+        self._availability = availability
         self._on_news = on_news
         self._reap_limit = reap_limit
         self._alive = trio.CancelScope()
@@ -91,6 +103,7 @@ class Session:
     def kill(self, why: str) -> None:
         """End it now.  Sync: everybody who waits for it has an error when this returns."""
         self._why = self._why or why
+        self._availability.lose()
         self.child.kill()
         self._lose()
 
@@ -144,9 +157,11 @@ class Session:
                 count += 1
                 if count % TURN == 0:
                     await trio.lowlevel.checkpoint()
-        except NonsenseError as exc:
-            LOGGER.error("the %s said what makes no sense: %s", self._name, exc)
+        except Exception:
+            # NonsenseError, or a message that makes no sense now: nothing that a worker says may end the server.
+            LOGGER.exception("the %s said what makes no sense", self._name)
             self.kill("said what makes no sense")
+        self._availability.lose()
         self._alive.cancel(reason="worker process ended")
 
     def _receive(self, message: Message) -> None:
@@ -160,6 +175,8 @@ class Session:
                 self._answer = message
                 if self._asked is not None:
                     self._asked.set()
+            case GivenUp(why):
+                self.kill(f"was killed: {why}")
             case Report():
                 self.reports[message.instance] = (trio.current_time(), read_statistics(message.statistics))
             case Log():

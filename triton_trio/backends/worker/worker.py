@@ -118,7 +118,6 @@ class Worker:
     def abandon(self) -> None:
         """Its device does not let go: kill it.  Everybody in it has an error when this returns."""
         if self._session is not None:
-            self.availability.lose()
             self._session.kill("was killed, for its device did not let go in time after a cancel")
 
     async def open_instance(self, placement: Placement) -> None:
@@ -180,7 +179,7 @@ class Worker:
             child = await self._launch()
         except OSError as exc:
             raise Unavailable(f"the {self.name} cannot be started: {exc}") from None
-        session = Session(self.name, child, on_news=self._tell_waiting, reap_limit=limits.reap)
+        session = Session(self.name, child, self.availability, on_news=self._tell_waiting, reap_limit=limits.reap)
         self._told_waiting = False
         try:
             async with session.open():
