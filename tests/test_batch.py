@@ -31,7 +31,7 @@ class Waiting:
         self.requests = list(requests)
         self.arrived = trio.Event()
 
-    def take_nowait(self, signature: object, rows: int) -> list[InferenceRequest]:
+    def take_nowait(self, signature: object, rows: int, *, all_or_none: bool) -> list[InferenceRequest]:
         taken, self.requests = self.requests, []
         assert sum(request.batch_size for request in taken) <= rows
         return taken

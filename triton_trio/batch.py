@@ -152,18 +152,21 @@ class Batch:
 
     # Who comes and goes
 
-    def join(self, rows: int) -> tuple[Member, ...]:
+    def join(self, rows: int, *, all_or_none: bool = False) -> tuple[Member, ...]:
         """Let queued requests have ``rows`` rows that nobody needs any more; sync.
 
         From this moment they are members like the others.  Nobody joins an execution that was cancelled, or that nobody
         waits for any more; else the scheduler decides (see :class:`~triton_trio.scheduling.Joining`).
+
+        Args:
+          all_or_none: a new batch could have more rows than this one, so only if everybody who waits fits.
 
         Returns:
           The new members; mostly none.
         """
         if self._joining is None or not len(self.scope):
             return ()
-        requests = self._joining.take_nowait(self._signature, rows)
+        requests = self._joining.take_nowait(self._signature, rows, all_or_none=all_or_none)
         if not requests:
             return ()
         cohort = self._add(requests)

@@ -67,7 +67,7 @@ class DynamicBatcher(QueueScheduler):
     def joining(self, seat: Seat) -> Joining:
         return Joining(self, seat)
 
-    def take_head(self, signature: object, rows: int) -> Sequence[InferenceRequest]:
+    def take_head(self, signature: object, rows: int, *, all_or_none: bool = False) -> Sequence[InferenceRequest]:
         """Requests from the head of the queue, while they have ``signature`` and fit into ``rows`` rows.
 
         For an execution that goes on anyway: there is no reason to wait for company, or for a preferred size.
@@ -75,6 +75,8 @@ class DynamicBatcher(QueueScheduler):
         taken: list[InferenceRequest] = []
         for request in self.queue:
             if request.batch_size > rows or request.signature != signature:
+                if all_or_none:
+                    return ()
                 break
             taken.append(request)
             rows -= request.batch_size

@@ -18,6 +18,8 @@ class Joining:
 
     * The queue's order holds.  Requests join from its head only, so one that does not fit (another shape, more rows than
       are free) keeps all behind it from joining, and the execution runs dry for it.
+    * Where a new batch could have more rows than this execution has, requests join as long as all who wait fit.  Else it
+      runs dry, for a small batch without end would be all that many requests get.
     * Nobody joins while another model's instance waits for what this one holds of the rate limiter's resources.
     """
 
@@ -25,12 +27,15 @@ class Joining:
         self._batcher = batcher
         self._seat = seat
 
-    def take_nowait(self, signature: object, rows: int) -> Sequence[InferenceRequest]:
-        """Requests for up to ``rows`` rows, of the execution's signature; they are in the queue no more."""
+    def take_nowait(self, signature: object, rows: int, *, all_or_none: bool = False) -> Sequence[InferenceRequest]:
+        """Requests for up to ``rows`` rows, of the execution's signature; they are in the queue no more.
+
+        ``all_or_none``: see :meth:`~triton_trio.batch.Batch.join`.
+        """
         permit = self._seat.permit
         if permit is not None and permit.wanted(besides=self._batcher.permits_in_line()):
             return ()
-        return self._batcher.take_head(signature, rows)
+        return self._batcher.take_head(signature, rows, all_or_none=all_or_none)
 
     async def wait_arrival(self) -> None:
         """Wait until the queue has changed, so that somebody may be able to join who could not before.

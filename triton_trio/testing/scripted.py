@@ -94,11 +94,11 @@ class Execution:
 
         self._send.send_nowait(command)
 
-    def join(self, rows: int) -> None:
+    def join(self, rows: int, *, all_or_none: bool = False) -> None:
         """Let waiting requests have ``rows`` rows."""
 
         def command() -> bool:
-            for member in self._running.join(rows):
+            for member in self._running.join(rows, all_or_none=all_or_none):
                 self.members += (member.request.request_id,)
             return False
 

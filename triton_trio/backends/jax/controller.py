@@ -85,10 +85,17 @@ class ChunkController:
         """The least that a chunk of ``steps`` takes, by the latest 16: whatever disturbs a chunk makes it longer."""
         return steps * min(self._latest) if self._latest else None
 
-    def observe(self, steps: int, seconds: float) -> None:
-        """A chunk of ``steps`` occupied the device for ``seconds``."""
+    def observe(self, steps: int, seconds: float, *, at_most: bool = False) -> None:
+        """A chunk of ``steps`` occupied the device for ``seconds``.
+
+        ``at_most``: not alone.  That says nothing of a slow step, but something of a quick one; and where requests join
+        with every chunk, nothing else would be heard of it.
+        """
         step = seconds / steps
-        self._latest.append(step)
+        if not at_most:
+            self._latest.append(step)
+        elif self.step_seconds is not None and step >= self.step_seconds:
+            return
         if self.step_seconds is None:
             self.step_seconds = step
         else:

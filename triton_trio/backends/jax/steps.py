@@ -9,7 +9,6 @@ server has seen is in the mask of the next program that is dispatched, and a ser
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -83,16 +82,17 @@ class StepPlan:
         if self._started and self.programs.join is not None:
             with self._lock:
                 free = self.programs.bucket - sum(slot.size for slot in self.slots if slot.member.live)
-                joined = self.batch.join(free) if free else ()
+                largest = self.programs.bucket == self.placed.options.buckets[-1]
+                joined = self.batch.join(free, all_or_none=not largest) if free else ()
                 self.slots += tuple(Slot(member, joins=True) for member in joined)
             self.placed.joined += len(joined)
 
-    def retire(self) -> Iterator[Slot]:
-        """Forget those for whom there is nothing to do any more."""
+    def retire(self) -> list[Slot]:
+        """Forget those for whom there is nothing to do any more; returns them."""
         retired = [slot for slot in self.slots if slot.settled]
         if retired:
             self.slots = tuple(slot for slot in self.slots if slot not in retired)
-        yield from retired
+        return retired
 
     # In the device thread
 
@@ -127,10 +127,11 @@ class StepPlan:
             inputs = stack_inputs(self.batch, self.placed.config, self.programs.bucket)
             self._carry, self._flags = self.programs.init(params, inputs)
             self._started = True
-        elif joining:
-            self._join(joining, began)
         elif not other:
-            turn.controller = self.programs.controller  # other chunks' time has init, the move or a join in it
+            turn.controller = self.programs.controller  # other chunks' time has init or the move in it
+        if joining:
+            turn.joined = True
+            self._join(joining, began)
         turn.include(slots, self.programs.bucket)
         keep = np.zeros(self.programs.bucket, bool)
         for slot in slots:
@@ -210,6 +211,7 @@ class StepTurn(Turn):
         self.slots: list[Slot] = []
         self.rows: list[Rows] = []  #: of each slot, in this program; the slot may have moved when the turn is complete
         self.controller: ChunkController | None = None
+        self.joined = False  #: its time has an init in it
         #: On the device, until wait() has brought them to the host:
         self.ended: Any = None
         self.emitted: Any = None
@@ -268,11 +270,11 @@ class StepTurn(Turn):
         return self.ended is None or bool(self.ended.is_ready())
 
     def expect(self) -> float | None:
-        return None if self.controller is None else self.controller.expect(self.steps)
+        return None if self.controller is None or self.joined else self.controller.expect(self.steps)
 
     def done(self, seconds: float) -> None:
         if self.controller is not None and self.steps:
-            self.controller.observe(self.steps, seconds)
+            self.controller.observe(self.steps, seconds, at_most=self.joined)
 
 
 async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
