@@ -154,7 +154,7 @@ class ModelInstance:
             decoupled=self.model.config.decoupled,
             output_names=self._output_names,
             reshape=self._reshape,
-            take_states=scheduler.take_states if scheduler.has_states else None,
+            take_states=None if scheduler.states is None or self.seat.keeps_states else scheduler.take_states,
             keep_cancelled=scheduler.keeps_cancelled,
             hand=self._hand,
             on_released=self._on_released,

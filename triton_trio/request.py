@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
+    from .states import StateSlot
+
     Array = npt.NDArray[np.generic]
 
 ParameterValue = bool | int | float | str
@@ -130,6 +132,7 @@ class InferenceRequest:
         "sequence_start",
         "signature",
         "stage",
+        "state_slot",
         "timeout_us",
         "why",
     )
@@ -163,6 +166,8 @@ class InferenceRequest:
         self.batch_size = 1
         self.signature: object = None
         self.queue_deadline = float("inf")
+        #: Where its instance keeps the states of its sequence, if it does.
+        self.state_slot: StateSlot | None = None
 
         self.scope = trio.CancelScope() if scope is None else scope
         self._owns_scope = scope is None

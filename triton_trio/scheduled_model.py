@@ -48,9 +48,9 @@ class ScheduledModel(Model):
         limiter: RateLimiter | None = None,
         cache: ResponseCache | None = None,
     ) -> None:
-        context = replace(context, waiting=lambda: len(self.scheduler))
-        super().__init__(config, context, files=files, cache=cache)
         self.scheduler = make_scheduler(config, initial_states)
+        context = replace(context, waiting=lambda: len(self.scheduler), states=self.scheduler.states)
+        super().__init__(config, context, files=files, cache=cache)
         self.instances: list[ModelInstance] = []
         self._backend = backend
         self._release_limit = release_limit
@@ -137,6 +137,7 @@ class ScheduledModel(Model):
                             name=placement.name,
                             release_limit=self._release_limit,
                             on_sequence_end=instance.on_sequence_end,
+                            keeps_states=instance.keeps_states,
                         ),
                         release_limit=self._release_limit,
                         watchdogs=self._watchdogs,

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..batch import Batch
     from ..config import InstanceGroup, ModelConfig
     from ..scopes import SequenceEnd
+    from ..states import StateSlots
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class ModelContext:
     model_directory: Path  #: holds config.pbtxt and the version directories
     version_directory: Path  #: ``model_directory / str(version)``
     waiting: Callable[[], int] = lambda: 0  #: requests that no instance has taken yet
+    states: StateSlots | None = None  #: for instances that can keep the states of their sequences; None: they cannot
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,9 @@ class BackendInstance(ABC):
 
     #: Where its device can be lost and made anew: whether it takes batches now.  None: as long as it is there.
     availability: Availability | None = None
+    #: Whether it keeps the states of its sequences: then no request brings them, each has a ``state_slot``, and answers are
+    #: without those that are :attr:`~triton_trio.states.StateSlots.hidden`.
+    keeps_states: bool = False
 
     @abstractmethod
     async def execute(self, batch: Batch) -> None:

@@ -20,6 +20,7 @@ from .ordering import ResponseOrder
 if TYPE_CHECKING:
     from ..request import Array, InferenceRequest
     from ..scopes import Reason, SequenceEnd
+    from ..states import StateSlots
     from .joining import Joining
     from .queue import QueueStatistics
     from .rate_limiter import Permit
@@ -36,6 +37,7 @@ class Seat:
     name: str = ""
     release_limit: float = 10.0  #: seconds within which its device lets go of what nobody wants, or it is quarantined
     on_sequence_end: Callable[[SequenceEnd], None] = lambda end: None
+    keeps_states: bool = False  #: the instance keeps the states of its sequences
 
     def give_back(self) -> None:
         """The instance executes no more, for now."""
@@ -144,8 +146,8 @@ class Scheduler(ABC):
     reschedules = False
     #: Whether the row of a cancelled request is computed to the end.
     keeps_cancelled = False
-    #: Whether answers have tensors that are kept for the next request, by :meth:`take_states`.
-    has_states = False
+    #: What sequences keep from request to request: by :meth:`take_states`, unless their instance keeps it; None: nothing.
+    states: StateSlots | None = None
 
     def take_states(self, request: InferenceRequest, outputs: Mapping[str, Array]) -> Mapping[str, Array]:
         raise NotImplementedError

@@ -26,6 +26,7 @@ import trio
 from ..errors import InvalidArgument
 from ..lifecycle import Event, Outcome, Stage
 from ..scopes import Reason, SequenceEndCause
+from ..states import StateSlot
 from .queue import QueueStatistics
 from .scheduler import INF, Scheduler, SchedulerStatistics
 from .sequence import InferenceSequence
@@ -70,7 +71,7 @@ class SequenceBatcher(Scheduler):
         super().__init__()
         self.reschedules = options.iterative
         self.keeps_cancelled = not options.executing_cancel_ends_sequence
-        self.has_states = tensors.has_states
+        self.states = tensors.slots(options.slots)
         self._options = options
         self._model_name = options.model_name
         self._tensors = tensors
@@ -380,7 +381,10 @@ class SequenceBatcher(Scheduler):
         request, first = sequence.execute_next()
         del self._waiting[request]
         self._on_device[request] = sequence
-        self._tensors.fill(request, sequence.state, start=first, end=request.sequence_end)
+        state = sequence.state
+        if sequence.slots is not None and sequence.slots.seat.keeps_states:
+            request.state_slot, state = StateSlot(sequence.slot, sequence.generation), {}
+        self._tensors.fill(request, state, start=first, end=request.sequence_end)
         return request
 
     def candidates(self, slots: SequenceSlots) -> Iterator[tuple[InferenceSequence, float]]:

@@ -3,7 +3,8 @@
 *Control inputs* tell the model where in its sequence a request is (START, READY, END, CORRID).  *States* are outputs of
 one request that are inputs of the sequence's next; clients see neither.  A sequence owns its state: a plain dict by input
 name, which nobody else refers to.  So a new sequence has a new state, whatever became of the one before it, and the state
-is freed with its sequence.
+is freed with its sequence.  Where an instance keeps the states of its sequences (on its device), none of this is done:
+requests then say where to find them (:class:`~triton_trio.states.StateSlot`).
 
 Two of Triton's settings are about memory only and change no tensor here.  ``use_same_buffer_for_input_output``: a model
 never writes into its inputs, and its sequence has one copy of a state between requests.  ``use_growable_memory``: any
@@ -19,6 +20,7 @@ import numpy as np
 
 from ..errors import InternalError, InvalidArgument
 from ..request import NullRequest
+from ..states import StateSlots
 from ..tensor import DTYPES, datatype_of, format_shape
 
 if TYPE_CHECKING:
@@ -72,10 +74,9 @@ class SequenceTensors:
         self._initial = {state.input_name: self._zeros(state) for state in batching.states} | dict(initial or {})
         self._null_rows: dict[Hashable, NullRequest] = {}
 
-    @property
-    def has_states(self) -> bool:
-        """Whether there is anything for :meth:`take_states` to take."""
-        return bool(self._states)
+    def slots(self, count: int) -> StateSlots | None:
+        """For instances of ``count`` slots that can keep states themselves; None: there is nothing to keep."""
+        return StateSlots(count, self._initial, self._hidden) if self._states else None
 
     # Before
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -17,19 +18,24 @@ if TYPE_CHECKING:
     from ...request import Array
     from .placed import PlacedModel
     from .programs import ProgramSet
+    from .states import StateStore
 
 
 class ApplyTurn(Turn):
     steps = 1
     last = True
 
-    def __init__(self, placed: PlacedModel, programs: ProgramSet, batch: Batch, slots: list[Slot]) -> None:
+    def __init__(
+        self, placed: PlacedModel, programs: ProgramSet, batch: Batch, slots: list[Slot], states: StateStore | None
+    ) -> None:
         self._placed = placed
+        self._states = states
         self._programs = programs
         self._batch = batch
         self._slots = slots
         self._taken: list[Slot] = []
         self._outputs: dict[str, Any] = {}
+        self._wrote = False
         self.outputs: dict[str, Array] = {}
 
     @property
@@ -42,10 +48,16 @@ class ApplyTurn(Turn):
         if not self._taken:
             return False
         placed = self._placed
-        inputs = stack_inputs(self._batch, placed.config, self._programs.bucket)
+        bucket = self._programs.bucket
+        inputs = stack_inputs(self._batch, placed.config, bucket, on_device=placed.states_on_device)
         assert self._programs.apply is not None
         with precision(placed.options.x64):
-            self._outputs = self._programs.apply(placed.params, inputs)
+            if self._states is None:
+                self._outputs = self._programs.apply(placed.params, inputs)
+            else:
+                program = partial(self._programs.apply, placed.params, inputs)
+                self._outputs = self._states.write(program, self._taken, bucket=bucket, reads=self._batch.members)
+                self._wrote = True
         start_copy(self._outputs)
         return True
 
@@ -57,18 +69,22 @@ class ApplyTurn(Turn):
             for slot in self._taken:
                 slot.busy -= 1
 
+    def failed(self) -> None:
+        if self._states is not None and self._wrote:
+            self._states.lose()
+
     def ready(self) -> bool:
         return all(leaf.is_ready() for leaf in self._outputs.values())
 
 
-async def execute_apply(placed: PlacedModel, batch: Batch) -> None:
+async def execute_apply(placed: PlacedModel, batch: Batch, states: StateStore | None = None) -> None:
     """Serve ``batch`` with one program.
 
     **Cancellation:** a program that runs is waited for, one that is still in line is not dispatched.
     """
     programs = await placed.program_set(batch)
     slots = [Slot(member) for member in batch.members]
-    turn = ApplyTurn(placed, programs, batch, slots)
+    turn = ApplyTurn(placed, programs, batch, slots, states)
     batch.compute_infer_at = trio.current_time()
     try:
         async with DeviceJob(placed.device, placed.name) as job:

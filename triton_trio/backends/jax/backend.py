@@ -38,7 +38,9 @@ from .steps import execute_steps
 if TYPE_CHECKING:
     from ...batch import Batch
     from ...config import InstanceGroup, ModelConfig
+    from ...scopes import SequenceEnd
     from ..worker.model import WorkerModel
+    from .states import StateStore
 
 #: Of a worker process: it shares its devices with others, so it must not take all their memory when it begins.
 WORKER_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
@@ -98,20 +100,28 @@ class Devices:
 
 
 class JaxInstance(BackendInstance):
-    def __init__(self, placed: PlacedModel, functions: FunctionCache) -> None:
+    def __init__(self, placed: PlacedModel, functions: FunctionCache, states: StateStore | None = None) -> None:
         self.availability = placed.device.availability
+        self.keeps_states = states is not None
+        self._states = states
         self._placed = placed
         self._functions = functions
 
     async def execute(self, batch: Batch) -> None:
         with self._placed.counted(batch):
             form = self._placed.functions.form
+            if self._states is not None:
+                self._states.admit(batch)
             if form is Form.STEPS:
-                await execute_steps(self._placed, batch)
+                await execute_steps(self._placed, batch, self._states)
             elif form is Form.APPLY:
-                await execute_apply(self._placed, batch)
+                await execute_apply(self._placed, batch, self._states)
             else:
                 await execute_explicit(self._placed, self._functions, batch)
+
+    def on_sequence_end(self, end: SequenceEnd) -> None:
+        if self._states is not None:
+            self._states.forget(end.generation)
 
     def statistics(self) -> PlacedStatistics:
         """Of the model on this instance's device, which several instances may share."""
@@ -157,7 +167,12 @@ class JaxModel(BackendModel):
                     placed.loaded()
                 else:
                     placed.check_memory()
-                yield JaxInstance(placed, functions)
+                states = await placed.open_states()
+                try:
+                    yield JaxInstance(placed, functions, states)
+                finally:
+                    if states is not None:
+                        states.close()
             finally:
                 placed.users -= 1
                 if not placed.users:

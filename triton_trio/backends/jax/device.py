@@ -117,6 +117,9 @@ class Turn(ABC):
     def done(self, seconds: float) -> None:  # noqa: B027  (most turns have nothing to do)
         """Called after :meth:`wait` with the program's device time."""
 
+    def failed(self) -> None:  # noqa: B027  (most turns have nothing to do)
+        """Called when :meth:`dispatch` or :meth:`wait` has raised."""
+
 
 class Pause(Turn):
     """Puts nothing on the device, and is complete when there is room: when at most one program is there."""
@@ -341,6 +344,7 @@ class DeviceThread:
 
     def _fail(self, job: DeviceJob, turn: Turn, exc: Exception) -> None:
         turn.failure = f"{type(exc).__name__}: {exc}"
+        turn.failed()
         self._failures += 1
         if not job.draining:
             LOGGER.error("%s failed on device %s: %s", job.name, self.name, traceback.format_exc())

@@ -50,6 +50,11 @@ class JaxOptions:
         MiB on a device that the parameters and one batch for each instance there may take.  A bucket whose programs, by
         XLA's account, need more is refused when it is compiled: at load, or with variable dims at the request.  No
         limit by default.
+    ``state_on_device``
+        ``false``: the states of ``sequence_batching`` go through the host with each request.  By default they stay on the
+        device: one array for each state, of as many rows as an instance has sequences at a time and two more, made at
+        load.  Where that cannot be, they go through the host anyway: in an explicit model, one with ``emit``, one in a
+        process of its own, one without any output for clients, and with a variable dim in a state.
     ``worker_process``
         ``true``: the model is in a process of its own, so that neither the server's busy event loop nor another model's
         delays its device, and what takes the process down takes this model's executions and nothing else.  A device
@@ -70,6 +75,7 @@ class JaxOptions:
     shapes: int
     warmup: bool
     memory_limit: float | None  #: bytes
+    state_on_device: bool
     x64: bool
 
     @classmethod
@@ -111,6 +117,7 @@ class JaxOptions:
             shapes=parameter("shapes", _count, "a number of shapes, 1 or more", 16),
             warmup=parameter("warmup", _flag, "'true' or 'false'", True),
             memory_limit=parameter("device_memory_limit_mb", _mebibytes, "a positive number of MiB", None),
+            state_on_device=parameter("state_on_device", _flag, "'true' or 'false'", True),
             x64=parameter("x64", _flag, "'true' or 'false'", wide),
         )
 

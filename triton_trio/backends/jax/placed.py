@@ -22,6 +22,7 @@ from .loader import Form, LoadContext
 from .memory import MIB, failure_text, tree_bytes
 from .probe import measure_step
 from .programs import ProgramBuilder, ProgramSet, RowShapes, precision, row_avals, static_shapes
+from .states import StateLayout, StateStore
 from .turns import row_shapes
 
 if TYPE_CHECKING:
@@ -84,6 +85,10 @@ class PlacedModel:
         self.name = f"model '{self.config.name}'"
         self.params: Any = None
         self.users = 0  #: instances; of the backend
+        #: None: the server keeps the states of sequences, if there are any.
+        self.layout = StateLayout.of(self.config, functions, options, context.states, jax_device)
+        self.states_on_device = frozenset() if self.layout is None else self.layout.shapes.keys()
+        self._inputs = tuple(spec for spec in self.config.inputs if spec.name not in self.states_on_device)
         self._context = context
         self._builder: ProgramBuilder | None = None
         self._sets: OrderedDict[tuple[int, RowShapes], ProgramSet] = OrderedDict()
@@ -155,8 +160,12 @@ class PlacedModel:
         """
         self.params = await trio.to_thread.run_sync(self._load_params)
         await trio.lowlevel.checkpoint()
-        self._builder = ProgramBuilder(self.functions, self.options, self.jax_device, self.params, batched=self.batched)
-        shapes = static_shapes(self.config.inputs)
+        self._builder = ProgramBuilder(
+            self.functions, self.options, self.jax_device, self.params, batched=self.batched, states=self.layout
+        )
+        if self.layout is not None:
+            await self.compile(self.layout.compile)
+        shapes = static_shapes(self._inputs)
         if self.functions.form is not Form.EXPLICIT and shapes is not None:
             for bucket in self.options.buckets:
                 programs = await self._program_set(bucket, shapes)
@@ -204,6 +213,32 @@ class PlacedModel:
                     + failure_text(self.name, self.device.name, str(exc))
                 ) from None
 
+    async def open_states(self) -> StateStore | None:
+        """For one instance, which closes it; None: its requests bring their states.
+
+        Raises:
+          InvalidArgument: they do not fit.
+
+        **Cancellation:** before they are made.
+        """
+        if self.layout is None:
+            return None
+        store = StateStore(self.layout, self.config.name)
+
+        def open_store() -> None:
+            with precision(self.options.x64):
+                store.open()
+
+        try:
+            await trio.to_thread.run_sync(open_store)
+        except jax.errors.JaxRuntimeError as exc:
+            raise InvalidArgument(
+                f"{self.name}: {self.layout.bytes / MIB:.1f} MiB for the states of {self.layout.count} sequences do not "
+                "fit; set the parameter state_on_device to 'false' in config.pbtxt, or allow for fewer: "
+                + failure_text(self.name, self.device.name, str(exc))
+            ) from None
+        return store
+
     def loaded(self) -> None:
         """Compilations from here on keep requests waiting; see :class:`PlacedStatistics`."""
         self._loaded = True
@@ -212,7 +247,7 @@ class PlacedModel:
     def warm(self) -> bool:
         """Everything that a request of a known shape needs was compiled at load."""
         tried = self.functions.form is not Form.EXPLICIT or self.options.warmup
-        return self._loaded and tried and static_shapes(self.config.inputs) is not None
+        return self._loaded and tried and static_shapes(self._inputs) is not None
 
     def unload(self) -> None:
         """Forget parameters and programs."""
@@ -227,12 +262,12 @@ class PlacedModel:
 
         **Cancellation:** between compilations.
         """
-        shapes = row_shapes(batch, self.config.inputs, batched=self.batched)
+        shapes = row_shapes(batch, self._inputs, batched=self.batched)
         return await self._program_set(self.options.bucket(batch.rows if self.batched else 1), shapes)
 
     def smaller_sets(self, batch: Batch, bucket: int) -> dict[int, ProgramSet]:
         """The compiled programs for this batch's shape below ``bucket``, by their buckets; compiles nothing."""
-        shapes = row_shapes(batch, self.config.inputs, batched=self.batched)
+        shapes = row_shapes(batch, self._inputs, batched=self.batched)
         return {key[0]: found for key, found in self._sets.items() if key[0] < bucket and key[1] == shapes}
 
     async def _program_set(self, bucket: int, shapes: RowShapes) -> ProgramSet:
@@ -243,14 +278,14 @@ class PlacedModel:
                 found = self._sets.get(key)
                 if found is None:
                     found = self._sets[key] = await self._build(bucket, shapes)
-                    if static_shapes(self.config.inputs) is None and len(self._sets) > self.options.shapes:
+                    if static_shapes(self._inputs) is None and len(self._sets) > self.options.shapes:
                         self._sets.popitem(last=False)
         self._sets.move_to_end(key)
         return found
 
     async def _build(self, bucket: int, shapes: RowShapes) -> ProgramSet:
         assert self._builder is not None
-        row = row_avals(self.config.inputs, dict(shapes))
+        row = row_avals(self.config.inputs, dict(shapes) | ({} if self.layout is None else self.layout.shapes))
         if shapes not in self._checked:
             params = jax.tree.map(lambda leaf: aval(leaf.shape, leaf.dtype), self.params)
             checker = FunctionChecker(self.config, self.functions, params, row)
@@ -276,13 +311,16 @@ class PlacedModel:
         if limit is None or memory is None:
             return
         params = tree_bytes(self.params)
-        needed = params + self.users * memory.total
+        states = 0 if self.layout is None else self.layout.bytes
+        needed = params + self.users * (memory.total + states)
         if needed > limit:
             raise InvalidArgument(
                 f"{self.name}: bucket {programs.bucket} needs {needed / MIB:.1f} MiB on device {self.device.name}, more than "
                 f"device_memory_limit_mb={limit / MIB:g}: {params / MIB:.1f} MiB of parameters and, for each of "
                 f"{self.users} instance(s), {memory.total / MIB:.1f} MiB ({memory.arguments / MIB:.1f} of arguments, "
-                f"{memory.outputs / MIB:.1f} of outputs, {memory.temporary / MIB:.1f} of temporaries); make the largest "
+                f"{memory.outputs / MIB:.1f} of outputs, {memory.temporary / MIB:.1f} of temporaries)"
+                + (f" and {states / MIB:.1f} MiB of states of sequences" if states else "")
+                + "; make the largest "
                 "batch or the tensors smaller, take fewer instances, or raise the limit"
             )
 

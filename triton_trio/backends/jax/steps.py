@@ -9,6 +9,7 @@ server has seen is in the mask of the next program that is dispatched, and a ser
 from __future__ import annotations
 
 import threading
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from .controller import ChunkController
     from .placed import PlacedModel
     from .programs import ProgramSet
+    from .states import StateStore
 
 #: Chunks that go out with half of their rows idle before the others move to a smaller bucket: moving costs about a
 #: chunk, and who has half of its batch cancelled often has the rest cancelled too.
@@ -37,8 +39,11 @@ CREDITS = WINDOW + 1
 class StepPlan:
     """The device's side of one execution of a step model."""
 
-    def __init__(self, placed: PlacedModel, programs: ProgramSet, batch: Batch) -> None:
+    def __init__(
+        self, placed: PlacedModel, programs: ProgramSet, batch: Batch, states: StateStore | None = None
+    ) -> None:
         self.placed = placed
+        self.states = states
         self.programs = programs  #: of the bucket where the rows are
         self.batch = batch
         #: Another tuple when somebody joins or is retired: the other thread reads it as it was, or as it is.
@@ -124,8 +129,10 @@ class StepPlan:
         joining = [slot for slot in slots if not slot.began]
         if not self._started:
             assert self.programs.init is not None
-            inputs = stack_inputs(self.batch, self.placed.config, self.programs.bucket)
-            self._carry, self._flags = self.programs.init(params, inputs)
+            bucket = self.programs.bucket
+            inputs = stack_inputs(self.batch, self.placed.config, bucket, on_device=self.placed.states_on_device)
+            states = () if self.states is None else self.states.read(self.batch.members, bucket)
+            self._carry, self._flags = self.programs.init(params, inputs, *states)
             self._started = True
         elif not other:
             turn.controller = self.programs.controller  # other chunks' time has init or the move in it
@@ -196,7 +203,12 @@ class StepPlan:
     def _dispatch_finish(self, turn: StepTurn, slots: list[Slot]) -> bool:
         turn.include(slots, self.programs.bucket)
         assert self.programs.finish is not None
-        turn.finished = self.programs.finish(self.placed.params, self._carry)
+        if self.states is None:
+            turn.finished = self.programs.finish(self.placed.params, self._carry)
+        else:
+            program = partial(self.programs.finish, self.placed.params, self._carry)
+            turn.finished = self.states.write(program, slots, bucket=self.programs.bucket)
+            turn.wrote = self.states
         for slot in slots:
             slot.finishing = True
         start_copy(turn.finished)
@@ -216,6 +228,7 @@ class StepTurn(Turn):
         self.ended: Any = None
         self.emitted: Any = None
         self.finished: dict[str, Any] | None = None
+        self.wrote: StateStore | None = None
         #: For the Trio side:
         self.active: Array | None = None  #: bool [K, bucket], which rows made which step
         self.emissions: dict[str, Array] = {}  #: [K, bucket, ...]
@@ -269,6 +282,10 @@ class StepTurn(Turn):
             return all(leaf.is_ready() for leaf in self.finished.values())
         return self.ended is None or bool(self.ended.is_ready())
 
+    def failed(self) -> None:
+        if self.wrote is not None:
+            self.wrote.lose()
+
     def expect(self) -> float | None:
         return None if self.controller is None or self.joined else self.controller.expect(self.steps)
 
@@ -277,14 +294,14 @@ class StepTurn(Turn):
             self.controller.observe(self.steps, seconds, at_most=self.joined)
 
 
-async def execute_steps(placed: PlacedModel, batch: Batch) -> None:
+async def execute_steps(placed: PlacedModel, batch: Batch, states: StateStore | None = None) -> None:
     """Serve ``batch`` chunk by chunk; each member is answered when its rows are done.
 
     **Cancellation:** a member that leaves is left out of the next chunk that is dispatched; when all have left, no chunk
     is dispatched any more, and the exception passes on when the running and the queued one have ended.
     """
     programs = await placed.program_set(batch)
-    plan = StepPlan(placed, programs, batch)
+    plan = StepPlan(placed, programs, batch, states)
     job = DeviceJob(placed.device, placed.name, late=placed.options.late_enqueue)
     batch.compute_infer_at = trio.current_time()
     try:

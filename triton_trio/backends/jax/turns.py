@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -94,9 +94,12 @@ def row_shapes(
     return tuple((spec.name, inputs[spec.name].shape[batched:]) for spec in specs)
 
 
-def stack_inputs(batch: Batch, config: ModelConfig, bucket: int) -> dict[str, Array]:
+def stack_inputs(
+    batch: Batch, config: ModelConfig, bucket: int, *, on_device: Collection[str] = ()
+) -> dict[str, Array]:
     """All members' rows, padded to the bucket; runs in the device thread, so that big batches do not stop the server.
 
+    Without the inputs that are ``on_device`` already.
     Padding repeats a real row, and so do rows that no request fills, except for the control inputs: made-up zeros could
     keep a ``while_loop`` in the model from ever ending.
     """
@@ -104,7 +107,7 @@ def stack_inputs(batch: Batch, config: ModelConfig, bucket: int) -> dict[str, Ar
     controls = {control.name for control in batching.controls} if batching is not None else ()
     real = next(member for member in batch.members if member.ready)
     stacked = {}
-    for name in (spec.name for spec in config.inputs):
+    for name in (spec.name for spec in config.inputs if spec.name not in on_device):
         if config.max_batch_size > 0:
             parts = [(member if member.ready or name in controls else real).inputs[name] for member in batch.members]
             array = parts[0] if len(parts) == 1 else np.concatenate(parts)
