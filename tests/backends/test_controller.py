@@ -37,6 +37,17 @@ def test_slows_down_at_once_and_speeds_up_slowly() -> None:
     assert controller.k == 16
 
 
+def test_a_chunk_that_was_not_alone_tells_how_quick_a_step_is_and_not_how_slow() -> None:
+    # Requests join with every chunk, by a program that takes half a millisecond: chunks grow all the same.
+    controller = ChunkController(TARGET, LADDER)
+    for _ in range(60):
+        controller.observe(controller.k, 5e-4 + controller.k * 1e-5, at_most=True)
+    assert controller.k == 64
+    controller.observe(64, 1.0, at_most=True)
+    assert controller.k == 64
+    assert not controller.too_slow
+
+
 def test_never_more_steps_than_are_left() -> None:
     controller = settled(1e-5)
     assert [controller.pick(left) for left in (100, 64, 63, 5, 1)] == [64, 64, 32, 4, 1]

@@ -335,6 +335,21 @@ async def test_E3_an_execution_without_end_keeps_its_books_and_no_more_than_it_h
         assert (on.placed.executions, on.placed.joined) == (1, 22)
 
 
+async def test_a_small_batch_takes_all_who_wait_or_runs_dry_for_a_larger_one(tmp_path: Path) -> None:
+    """Timeline: in a bucket of 2, b ends, and c, which waits alone, joins; c ends, and of d, e and f nobody does."""
+    async with stage(tmp_path, buckets="2,4") as on:
+        requests = on.start_all(countdown(400, 0), countdown(3, 1))
+        await on.gate.wait_dispatched(2)
+        requests.append(await on.queued(countdown(100, 2)))
+        on.gate.let_end(8)
+        await until(lambda: on.placed.joined == 1)
+        for seed in range(3):
+            requests.append(await on.queued(countdown(5, seed)))
+        on.gate.open()
+        await on.all_ended(requests)
+        assert (on.placed.executions, on.placed.joined) == (2, 1)
+
+
 async def test_a_model_may_say_that_nobody_joins(tmp_path: Path) -> None:
     async with stage(tmp_path, join="false", rows=2) as on:
         on.gate.open()
