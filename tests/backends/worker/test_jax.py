@@ -61,6 +61,7 @@ async def test_law_7_survivors_in_a_worker_are_bit_equal_to_those_in_the_server(
                 last.cancel_scope.cancel()
             await client(there, 3)
             assert answers["here", 3] == answers["there", 3]
+            await until(lambda: there.instances[0].batch is None)
             await trio.testing.wait_all_tasks_blocked()
             assert_quiescent(server)
             assert there.counters.device_seconds_useful > 0
@@ -89,6 +90,7 @@ async def test_a_language_model_in_a_worker_writes_the_same_text(tmp_path: Path)
                     for _ in range(2):
                         readers.start_soon(read, model, 5)  # leaves in the middle
                     texts[where] = await read(model)
+                await until(lambda model=model: all(instance.batch is None for instance in model.instances))
                 await trio.testing.wait_all_tasks_blocked()
                 assert_quiescent(server)
     assert texts["here"] == texts["there"]

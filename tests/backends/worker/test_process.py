@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 import trio
 
+from tests.backends.world import until
 from tests.callers import calling
 from triton_trio import InferenceServer, Outcome, Unavailable
 from triton_trio.backends import Backend, BackendModel, ModelContext
@@ -38,6 +39,13 @@ async def processes(root: Path, *, more: str = "", **options: object) -> AsyncIt
         root, {"m": scripted_config(instances=2, more=more)}, Processes(), limit=30, **options
     ) as server:
         yield server
+        await idle(server)
+
+
+async def idle(server: InferenceServer) -> None:
+    """An answer comes before the news that the execution has ended."""
+    for model in server.repository.loaded():
+        await until(lambda model=model: all(instance.batch is None for instance in model.instances))
 
 
 def pid_of(server: InferenceServer) -> int:
@@ -62,6 +70,7 @@ async def test_a_process_is_killed_crashes_hangs_and_is_replaced_each_time(tmp_p
             pids.append(pid_of(server))
             waiting = await callers.call("waits", parameters={"do": "wait"})
             bad = await callers.call("bad", parameters={"do": do})
+            await until(lambda requests=(waiting.request, bad.request): all(each.bound_at for each in requests))
             queued = await callers.call("queued")
             if do == "wait":
                 os.kill(pids[-1], signal.SIGKILL)
@@ -102,6 +111,7 @@ async def test_megabytes_go_there_and_back(tmp_path: Path) -> None:
             nursery.start_soon(server.model("m").infer, {"INPUT0": big})
             response = await server.model("m").infer({"INPUT0": big})
         assert np.array_equal(response.outputs["OUTPUT0"], big)
+        await idle(server)
 
 
 async def test_a_process_that_ends_in_the_load_says_how(tmp_path: Path) -> None:
@@ -131,8 +141,10 @@ async def test_no_process_outlives_a_server_that_was_killed_though_its_event_loo
         )
         assert process.stdout is not None
         async with process.stdout:
-            worker = int(await process.stdout.receive_some())
-            assert not is_gone(worker)
+            said = b""
+            while not said.endswith(b"\n"):
+                said += await process.stdout.receive_some()
+            assert not is_gone(int(said))
             process.kill()
             await process.wait()
             # Not our child, so there is nothing to wait for but its end of the pipe that it has inherited.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -24,6 +25,7 @@ class PostHandler(logging.Handler):
         super().__init__()
         self._connection = connection
         self._token = trio.lowlevel.current_trio_token()
+        self._thread = threading.get_ident()
         self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -39,6 +41,9 @@ class PostHandler(logging.Handler):
             record.lineno,
             record.threadName or "",
         )
+        if threading.get_ident() == self._thread:
+            self._post(message)  # before what happens next, the answer to a request, say
+            return
         try:
             self._token.run_sync_soon(self._post, message)
         except trio.RunFinishedError:

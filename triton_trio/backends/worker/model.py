@@ -10,7 +10,7 @@ import trio
 
 from ...groups import WithoutGroups
 from ..base import BackendInstance, BackendModel, ModelContext, Placement
-from .messages import EndSequence, Look
+from .messages import EndSequence
 from .worker import Worker, WorkerLimits, WorkerStatistics
 
 if TYPE_CHECKING:
@@ -35,7 +35,6 @@ class WorkerInstance(BackendInstance):
         self._worker.post(EndSequence(self._name, end.sequence_id, end.generation, end.cause.value, reason))
 
     def statistics(self) -> WorkerStatistics:
-        self._worker.post(Look(self._name))
         return self._worker.statistics(self._name)
 
     def abandon(self) -> None:

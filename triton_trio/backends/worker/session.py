@@ -23,6 +23,7 @@ from .messages import (
     Hello,
     InstanceOpened,
     Log,
+    Look,
     Message,
     ModelOpened,
     Refused,
@@ -75,6 +76,7 @@ class Session:
         self._reap_limit = reap_limit
         self._alive = trio.CancelScope()
         self._why = ""
+        self._looking: set[str] = set()
         self._asked: trio.Event | None = None
         self._answer: Message | None = None
 
@@ -134,6 +136,12 @@ class Session:
             raise read_error(answer.error)
         return answer
 
+    def look(self, instance: str) -> None:
+        """Ask for the instance's next report, unless it is being waited for."""
+        if instance not in self._looking:
+            self._looking.add(instance)
+            self.connection.post(Look(instance))
+
     async def execute(self, number: int, instance: str, batch: Batch) -> None:
         """See :meth:`RemoteExecution.join`."""
         execution = self.executions[number] = RemoteExecution(number, instance, batch, self.connection)
@@ -178,6 +186,7 @@ class Session:
             case GivenUp(why):
                 self.kill(f"was killed: {why}")
             case Report():
+                self._looking.discard(message.instance)
                 self.reports[message.instance] = (trio.current_time(), read_statistics(message.statistics))
             case Log():
                 log(message, self.child.pid)

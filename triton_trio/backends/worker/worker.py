@@ -83,7 +83,10 @@ class Worker:
         self._last_end = ""
 
     def statistics(self, instance: str) -> WorkerStatistics:
+        """As the process has said last; it is asked for the next report."""
         session, now = self._session, trio.current_time()
+        if session is not None:
+            session.look(instance)
         reported, backend = (now, None) if session is None else session.reports.get(instance, (now, None))
         return WorkerStatistics(
             pid=None if session is None else session.child.pid,
