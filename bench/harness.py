@@ -91,10 +91,10 @@ class Server:
 
 
 @contextmanager
-def serving(name: str, *argv: str) -> Iterator[Server]:
+def serving(name: str, *argv: str, python: str = sys.executable) -> Iterator[Server]:
     """Run ``python argv...`` from bench/ until the block ends; its errors go to our standard error."""
     process = subprocess.Popen(
-        [sys.executable, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=BENCH.parent
+        [python, *argv], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=BENCH.parent
     )
     try:
         assert process.stdout is not None
