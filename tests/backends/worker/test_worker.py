@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -360,6 +361,51 @@ async def test_a_worker_that_talks_nonsense_is_killed(tmp_path: Path, autojump_c
         assert "said what makes no sense" in a.error.message
         await wait_all_tasks_blocked()
         assert len(backend.children) == 2
+
+
+@pytest.mark.parametrize("seed", range(12))
+async def test_laws_4_5_16_whoever_leaves_whatever_dies_and_whenever(
+    tmp_path: Path, autojump_clock: MockClock, seed: int
+) -> None:
+    rng = random.Random(seed)
+    hosted = ScriptedBackend()
+    config = scripted_config(max_batch_size=4, batching="max_queue_delay_microseconds: 1000", instances=2)
+    limits = replace(LIMITS, restarts=1000)
+    async with workers(tmp_path, config, hosted, limits=limits, release_limit=5) as (server, backend):
+        model = server.model("m")
+        async with calling(model) as callers:
+            for number in range(120):
+                what = rng.choice(
+                    ["call"] * 4 + ["leave"] * 3 + ["step", "finish", "finish", "fail", "die", "hang", "time"]
+                )
+                live = [call for call in callers.calls if not call.ended.is_set()]
+                execution = rng.choice(hosted.running) if hosted.running else None
+                if what == "call":
+                    callers.start(str(number), rows=rng.randint(1, 3))
+                elif what == "leave" and live:
+                    rng.choice(live).leave()
+                elif what == "die":
+                    backend.child.die(-11)
+                elif what == "hang":
+                    hosted.misbehaviour.ignore_release = not hosted.misbehaviour.ignore_release
+                elif what == "time":
+                    await trio.sleep(rng.choice([0.001, 1, 6]))
+                elif execution is not None and what == "fail":
+                    execution.fail(ValueError("as it happens"))
+                elif execution is not None and what in ("step", "finish"):
+                    getattr(execution, what)()
+                if rng.random() < 0.7:
+                    await wait_all_tasks_blocked()
+            hosted.misbehaviour.ignore_release = False
+            hosted.automatic = True
+            for execution in hosted.running:
+                execution.let_go()
+                execution.finish()
+        assert model.counters.in_flight == 0
+        assert model.counters.started == len(callers.calls)
+        await trio.sleep(limits.window)
+        response = await model.infer({"INPUT0": np.float32([[1, 2]])})
+        assert response.outputs["OUTPUT0"].tolist() == [[1, 2]]
 
 
 async def test_a_message_that_makes_no_sense_now_is_no_error_of_the_servers(
