@@ -306,9 +306,9 @@ async def test_one_joins_while_the_others_wait_for_their_readers(tmp_path: Path)
     async with stage(tmp_path, TICKER, TICKER_CONFIG, rows=2) as on:
         on.gate.open()
         async with on.model.open_responses(ticks(100)) as a:
-            await until(lambda: on.model.instances[0].batch is not None)
-            await until(lambda: not on.batch.members[0].can_send)
-            await wait_all_tasks_blocked()
+            task = on.model.instances[0].task
+            assert task is not None
+            await until(lambda: task.child_nurseries)  # it waits for readers, and for nothing on the device
             async with on.model.open_responses(ticks(5)) as b:
                 assert [each.outputs["MADE"].item() async for each in b if each.outputs] == [1, 2, 3, 4, 5]
             assert [each.outputs["MADE"].item() async for each in a if each.outputs] == list(range(1, 101))
