@@ -211,14 +211,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         trio.run(_serve, args)
     except* (TritonError, OSError) as group:
         failed = True
-        for error in _leaves(group):
+        for error in leaves(group):
             print(f"triton_trio: {error}", file=sys.stderr)
     return int(failed)
 
 
-def _leaves(exc: BaseException) -> list[BaseException]:
+def leaves(exc: BaseException) -> list[BaseException]:
+    """The exceptions in a group, whatever groups they are in."""
     if isinstance(exc, BaseExceptionGroup):
-        return [leaf for child in exc.exceptions for leaf in _leaves(child)]
+        return [leaf for child in exc.exceptions for leaf in leaves(child)]
     return [exc]
 
 

@@ -16,9 +16,10 @@ from contextlib import AsyncExitStack, asynccontextmanager, suppress
 import trio
 
 from ....errors import Unavailable
-from ..device import WINDOW
+from ....groups import WithoutGroups
+from ..device import LOGGER, WINDOW
 from .engine import SlotPrograms
-from .plan import Kind, PlanBroken, PlanFormat, PlanRecord
+from .plan import Kind, PlanFormat, PlanRecord
 from .schedule import Program
 from .slots import Emitted
 
@@ -27,6 +28,7 @@ LAG = 2 * WINDOW
 #: Seconds that a follower may take to run what it was sent, and that a farewell may take.
 PATIENCE = 60.0
 _FAREWELL = 1.0
+_FIRST_WORD = 5.0
 #: What a follower says: a record's number.  Its program, and all before it, have ended there.
 ENDED = struct.Struct("<Q")
 
@@ -171,8 +173,7 @@ async def greet_followers(
       within: seconds for all of them.
 
     Raises:
-      Unavailable: not all have come.
-      PlanBroken: somebody came who is none of them, or has another plan.
+      Unavailable: not all have come; as PlanBroken, one of them has another plan.
 
     **Cancellation:** at any wait; connections are closed, and the listener stays open.
     """
@@ -181,22 +182,26 @@ async def greet_followers(
         with trio.move_on_after(within):
             while len(followers) < len(processes):
                 stream = await stack.enter_async_context(await listener.accept())
-                hello = b""
-                while len(hello) < plan.HELLO_BYTES and (
-                    data := await stream.receive_some(plan.HELLO_BYTES - len(hello))
-                ):
-                    hello += data
-                process = plan.greeted(hello.ljust(plan.HELLO_BYTES))
-                if process not in processes or process in followers:
-                    raise PlanBroken(
-                        f"process {process} said that it is ready, but is not one of those that are awaited"
-                    )
-                followers[process] = stream
+                process = plan.greeted(await _first_word(stream, plan.HELLO_BYTES))
+                if process is not None and process in processes and process not in followers:
+                    followers[process] = stream
+                else:
+                    LOGGER.warning("somebody connected to the leader who is not one of processes %s", [*processes])
+                    await trio.aclose_forcefully(stream)
         missing = sorted({*processes} - {*followers})
         if missing:
             raise Unavailable(f"no word from process {', '.join(map(str, missing))} within {within:g} s")
         stack.pop_all()
     return {f"process {process}": stream for process, stream in followers.items()}
+
+
+async def _first_word(stream: trio.abc.Stream, size: int) -> bytes:
+    """What comes first; less if no more does."""
+    word = b""
+    with suppress(trio.BrokenResourceError), trio.move_on_after(_FIRST_WORD):
+        while len(word) < size and (data := await stream.receive_some(size - len(word))):
+            word += data
+    return word
 
 
 @asynccontextmanager
@@ -217,13 +222,14 @@ async def open_leader(
     **Cancellation:** see :meth:`Leader.run`.
     """
     leader = Leader(plan, followers, on_lost, patience)
-    async with trio.open_nursery() as nursery:
-        # Owner: this nursery; ended here, or by itself when a host is lost.
-        await nursery.start(leader.run, name="leader of several hosts")
-        try:
-            yield leader
-        finally:
-            nursery.cancel_scope.cancel(reason="model unloaded")
+    with WithoutGroups(nurseries=1):
+        async with trio.open_nursery() as nursery:
+            # Owner: this nursery; ended here, or by itself when a host is lost.
+            await nursery.start(leader.run, name="leader of several hosts")
+            try:
+                yield leader
+            finally:
+                nursery.cancel_scope.cancel(reason="model unloaded")
 
 
 class LeadingPrograms(SlotPrograms):

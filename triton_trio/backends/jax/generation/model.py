@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import jax
 import trio
@@ -16,7 +16,9 @@ from ...base import Placement as InstancePlacement
 from ..controller import ChunkController
 from ..device import DeviceThread
 from .engine import EngineStatistics, SlotEngine, SlotPrograms
+from .hosts import lead
 from .instance import TextInstance
+from .leader import LeadingPrograms
 from .options import TextOptions
 from .placement import Placement
 from .programs import Compiled, LlamaPrograms, slot_spec
@@ -28,6 +30,8 @@ from .weights import Checkpoint, load_params, open_checkpoint
 if TYPE_CHECKING:
     from ....config import ModelConfig
     from .llama import Params
+
+Programs = TypeVar("Programs", bound=SlotPrograms)
 
 
 def is_language_model(config: ModelConfig) -> bool:
@@ -95,11 +99,16 @@ class LlamaModel(BackendModel):
         if loaded is not None:
             yield self._instance(loaded, device)
             return
+        options = self._options
+        devices = await trio.to_thread.run_sync(find_mesh, self._context.config.name, device, options.devices)
+        several = any(each.process_index != device.process_index for each in devices)
+        # A mesh is used from its first device's thread: all that is over several devices has one order on them.
         with WithoutGroups(nurseries=1), self._use(device) as thread:
-            loaded = await self._load(device)
-            self._loaded[device] = loaded
+            kind = LeadingPrograms if several else SlotPrograms
+            programs = await load_programs(self._checkpoint, options, devices, kind)
+            loaded = self._loaded[device] = LoadedModel(self._tokenizer, programs)
             try:
-                async with trio.open_nursery() as nursery:
+                async with lead(programs, thread.abandon), trio.open_nursery() as nursery:
                     engine = loaded.engine = self._engine(loaded, thread)
                     # Owner: this nursery; ended here, when the slots' instances have ended.
                     nursery.start_soon(engine.run, name=engine.name)
@@ -132,33 +141,62 @@ class LlamaModel(BackendModel):
             waiting=self._context.waiting,
         )
 
-    async def _load(self, device: jax.Device) -> LoadedModel:
-        options, checkpoint = self._options, self._checkpoint
-        placement = Placement.on([device])
-        spec = slot_spec(
-            checkpoint.config,
-            placement,
-            slots=options.slots,
-            context=min(options.context, checkpoint.config.context),
-            end_tokens=checkpoint.end_tokens,
-            dtype=options.activations(),
+
+def find_mesh(model_name: str, first: jax.Device, count: int) -> list[jax.Device]:
+    """So many devices, ``first`` among them: this process's own, or all that all processes have.  Blocking.
+
+    Raises:
+      InvalidArgument: there are not so many.
+    """
+    if count == 1:
+        return [first]
+    here, all_of_them = jax.local_devices(backend=first.platform), jax.devices(first.platform)
+    if first != here[0]:
+        raise InvalidArgument(
+            f"model '{model_name}': the {count} devices that share it are counted from the first, but an instance is "
+            "placed on another; give its instance_group count 1 and gpus: [ 0 ]"
         )
+    if count > len(here) and count != len(all_of_them):
+        there = f", {len(all_of_them)} in all processes together" if len(all_of_them) > len(here) else ""
+        raise InvalidArgument(
+            f"model '{model_name}': tensor_parallel in config.pbtxt is {count}; JAX has {len(here)} {first.platform} "
+            f"devices here{there}"
+        )
+    return here[:count] if count <= len(here) else all_of_them
 
-        def load() -> tuple[LlamaPrograms, Params]:
-            between = trio.from_thread.check_cancelled
-            params = load_params(checkpoint, placement, dtype=spec.dtype, int8=options.int8, between=between)
-            return LlamaPrograms(spec, placement, params), params
 
-        programs, params = await trio.to_thread.run_sync(load)
-        prefill: dict[int, Compiled] = {}
-        for length in sorted({min(length, spec.context) for length in options.prefill}):
-            prefill[length] = await trio.to_thread.run_sync(programs.prefill, length)
-            await trio.lowlevel.checkpoint()
-        decode: dict[int, Compiled] = {}
-        for steps in options.ladder:
-            decode[steps] = await trio.to_thread.run_sync(programs.decode, steps)
-            await trio.lowlevel.checkpoint()
-        return LoadedModel(self._tokenizer, SlotPrograms(programs, params, prefill, decode))
+async def load_programs(
+    checkpoint: Checkpoint, options: TextOptions, devices: Sequence[jax.Device], kind: type[Programs]
+) -> Programs:
+    """Parameters on the devices, and everything compiled.
+
+    **Cancellation:** between two tensors, and between two compilations.
+    """
+    placement = Placement.on(devices)
+    spec = slot_spec(
+        checkpoint.config,
+        placement,
+        slots=options.slots,
+        context=min(options.context, checkpoint.config.context),
+        end_tokens=checkpoint.end_tokens,
+        dtype=options.activations(),
+    )
+
+    def load() -> tuple[LlamaPrograms, Params]:
+        between = trio.from_thread.check_cancelled
+        params = load_params(checkpoint, placement, dtype=spec.dtype, int8=options.int8, between=between)
+        return LlamaPrograms(spec, placement, params), params
+
+    programs, params = await trio.to_thread.run_sync(load)
+    prefill: dict[int, Compiled] = {}
+    for length in sorted({min(length, spec.context) for length in options.prefill}):
+        prefill[length] = await trio.to_thread.run_sync(programs.prefill, length)
+        await trio.lowlevel.checkpoint()
+    decode: dict[int, Compiled] = {}
+    for steps in options.ladder:
+        decode[steps] = await trio.to_thread.run_sync(programs.decode, steps)
+        await trio.lowlevel.checkpoint()
+    return kind(programs, params, prefill, decode)
 
 
 @asynccontextmanager

@@ -40,6 +40,9 @@ class TextOptions:
         tokens that are made for each text in one program, ``1,2,4,8`` by default.
     ``target_chunk_ms``
         device time of such a program, 20 by default: more than one token only where they fit.
+    ``tensor_parallel``
+        devices that share the model, each with its part of every matrix and of the cache, 1 by default; they are counted from
+        the first.  Where there are several processes, all of their devices are one model's: see :mod:`.hosts`.
     ``dtype``
         ``float32`` (default on a CPU), ``bfloat16`` (elsewhere), or ``int8``: matrices as int8.
     """
@@ -50,6 +53,7 @@ class TextOptions:
     prefill: tuple[int, ...]
     ladder: tuple[int, ...]
     target: float  #: seconds
+    devices: int
     dtype: str | None
 
     @classmethod
@@ -74,6 +78,7 @@ class TextOptions:
             prefill=parameter("prefill_chunk", _counts, "numbers of tokens such as '16,64'", (16, 64)),
             ladder=parameter("ladder", _counts_from_1, "numbers of tokens such as '1,2,4,8', with 1", (1, 2, 4, 8)),
             target=parameter("target_chunk_ms", _milliseconds, "a positive number of milliseconds", 20e-3),
+            devices=parameter("tensor_parallel", _count, "a number of devices, 1 or more", 1),
             dtype=parameter("dtype", _dtype, f"one of {', '.join(_DTYPES)}", None),
         )
 

@@ -19,6 +19,7 @@ from enum import IntEnum
 import jax
 import numpy as np
 
+from ....errors import Unavailable
 from .config import SlotSpec
 from .schedule import Program
 from .slots import PromptChunk
@@ -28,7 +29,7 @@ _HELLO = struct.Struct("<8sI32s")  # what this is, who says it, of which plan
 _MAGIC = b"ttplan 1"
 
 
-class PlanBroken(Exception):
+class PlanBroken(Unavailable):
     """What came is not the next record of this plan; nothing after it can be trusted."""
 
 
@@ -123,18 +124,20 @@ class PlanFormat:
         """A follower's first word: its programs are ready."""
         return _HELLO.pack(_MAGIC, process, self._digest)
 
-    def greeted(self, hello: bytes) -> int:
-        """Which process says so.
+    def greeted(self, hello: bytes) -> int | None:
+        """Which process says so; None: no follower of this version.
 
         Raises:
-          PlanBroken: it is no follower, or would not do what the leader does.
+          PlanBroken: it would not do what the leader does.
         """
+        if len(hello) != _HELLO.size:
+            return None
         magic, process, digest = _HELLO.unpack(hello)
         if magic != _MAGIC:
-            raise PlanBroken("who connected is not a follower of this version")
+            return None
         if digest != self._digest:
             raise PlanBroken(
-                f"process {process} has another model, other options or another version of JAX than this one; "
+                f"process {process} has another model, other options or another version of JAX than the leader; "
                 "start all processes with the same"
             )
         return int(process)

@@ -1,0 +1,82 @@
+"""One language model over several hosts: who is there, and where they meet.
+
+Each host runs one process of :mod:`triton_trio.several_hosts`.  Process 0 is the server and leads; the others follow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import jax
+import trio
+
+from ....errors import InvalidArgument
+from .engine import SlotPrograms
+from .leader import LeadingPrograms, greet_followers, open_leader
+from .plan import PlanFormat
+
+#: Seconds to wait for the others: they read the same files and compile the same programs.
+MEETING = 600.0
+
+
+@dataclass(frozen=True, slots=True)
+class Hosts:
+    """Of this process: which it is of how many, and where the leader waits for followers."""
+
+    process: int
+    processes: int
+    host: str
+    port: int
+
+
+_joined: Hosts | None = None  # like JAX's own: there is one for each process, and it is made once
+
+
+def join(coordinator: str, processes: int, process: int, *, port: int | None = None) -> Hosts:
+    """Become one of several processes; blocks until all are there.  Before anything else is done with JAX.
+
+    Args:
+      coordinator: ``HOST:PORT`` of process 0, for JAX.
+      port: for the plan, on the same host; by default the one above the coordinator's.
+
+    Raises:
+      InvalidArgument: the address is none.
+    """
+    global _joined
+    host, _, number = coordinator.rpartition(":")
+    if not host or not number.isdecimal():
+        raise InvalidArgument(f"the coordinator is HOST:PORT of process 0, got '{coordinator}'")
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]  # GPUs have their own
+    jax.distributed.initialize(coordinator, processes, process)
+    _joined = Hosts(process, processes, host, int(number) + 1 if port is None else port)
+    return _joined
+
+
+def plan_of(programs: SlotPrograms) -> PlanFormat:
+    return PlanFormat(programs.spec, programs.prefill, programs.decode)
+
+
+@asynccontextmanager
+async def lead(programs: SlotPrograms, on_lost: Callable[[str], None]) -> AsyncIterator[None]:
+    """If these programs are over several hosts, wait for the others, and lead for as long as the block lasts.
+
+    Raises:
+      Unavailable: not all have come; as PlanBroken, one of them has another model.
+
+    **Cancellation:** while it waits; then see :meth:`Leader.run`.
+    """
+    if not isinstance(programs, LeadingPrograms):
+        yield
+        return
+    assert _joined is not None, "devices of several processes without hosts.join()"
+    plan = plan_of(programs)
+    listeners = await trio.open_tcp_listeners(_joined.port, host=_joined.host)
+    try:
+        followers = await greet_followers(listeners[0], plan, range(1, _joined.processes), within=MEETING)
+    finally:
+        for listener in listeners:
+            listener.socket.close()
+    async with open_leader(plan, followers, on_lost) as programs.leader:
+        yield
