@@ -153,8 +153,22 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
         make(splits="qwen2")
     with pytest.raises(InvalidArgument, match=r"tiny.gguf: its vocabulary and merges do not fit together"):
         make(merges=[("x", "nothing")])
-    with pytest.raises(InvalidArgument, match=r"has no tokenizer\.json"):
-        tokenizer_from_directory(tmp_path)
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(InvalidArgument, match=r"tokenizer\.json: cannot be read"):
         tokenizer_from_directory(tmp_path)
+
+
+def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path: Path) -> None:
+    tokenizer = tokenizer_from_directory(tmp_path)
+    stream = tokenizer.stream()
+    assert [stream.add(1), stream.add(2), stream.finish(), tokenizer.decode([1, 2])] == [""] * 4
+    for what, ask in (
+        ("text_input", lambda: tokenizer.encode("the")),
+        ("messages", lambda: tokenizer.encode_chat(TALK)),
+        ("stop", lambda: tokenizer.check_text("stop")),
+    ):
+        with pytest.raises(
+            InvalidArgument, match=rf"{what} needs the model's tokenizer, and '.*' has no tokenizer\.json"
+        ):
+            ask()
+    TINY.check_text("stop")

@@ -175,6 +175,22 @@ def test_stretched_contexts(tmp_path: Path) -> None:
     assert open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=stored)).config.rope_divisors == (1, 1, 2, 8)
 
 
+def test_what_a_file_says_of_heads_and_ties_is_what_counts(tmp_path: Path) -> None:
+    """As in Llama 3.2 1B and Mistral Nemo: a tied embedding, heads that are not width / heads, old rotary frequencies."""
+    wide = replace(MODEL, head_dim=16)
+    tensors = random_tensors(wide)
+    path = write_directory(tmp_path / "wide", tensors, head_dim=16, tie_word_embeddings=None, partial_rotary_factor=1.0)
+    save_file({"model.layers.0.self_attn.rotary_emb.inv_freq": np.ones(8, np.float32)}, path / "old.safetensors")
+    assert open_checkpoint(path).config == wide
+    assert_same(load(path), params_of(wide, tensors))
+
+    without = {key: tensor for key, tensor in TENSORS.items() if key != ("unembed", None)}
+    tied = load(write_directory(tmp_path / "tied", without, tie_word_embeddings=True))
+    assert_same(tied, load(write_gguf(tmp_path / "tied.gguf", without)))
+    with pytest.raises(InvalidArgument, match=r"tensor 'lm_head.weight' is missing"):
+        load(write_directory(tmp_path / "neither", without))
+
+
 def test_loading_can_be_left_between_tensors(tmp_path: Path) -> None:
     looks: list[None] = []
 
@@ -259,6 +275,35 @@ def test_weights_are_found_inside_a_package_that_is_not_imported(
         (lambda path: write_directory(path / "hf", hidden_size=...), "config.json has no 'hidden_size'"),
         (lambda path: write_directory(path / "hf", hidden_act="gelu"), "its hidden_act is 'gelu'"),
         (lambda path: write_directory(path / "hf", num_key_value_heads=3), "4 attention heads cannot share 3"),
+        # Qwen2 has biases and says so by its name; Qwen3 normalises queries and keys, which another name could hide.
+        (
+            lambda path: write_directory(path / "hf", architectures=["Qwen2ForCausalLM"]),
+            "architecture is Qwen2ForCausalLM",
+        ),
+        (lambda path: write_gguf(path / "m.gguf", architecture="qwen2"), "its architecture is 'qwen2'"),
+        (lambda path: write_directory(path / "hf", attention_bias=True), "its attention_bias is True"),
+        (lambda path: write_directory(path / "hf", partial_rotary_factor=0.5), "its partial_rotary_factor is 0.5"),
+        (
+            lambda path: write_gguf(
+                path / "m.gguf",
+                edit=lambda writer: writer.add_tensor("blk.0.attn_q_norm.weight", np.ones(8, np.float32)),
+            ),
+            "tensor 'blk.0.attn_q_norm.weight' is none of a Llama-type model of 2 layers",
+        ),
+        (
+            lambda path: write_directory(path / "hf", num_hidden_layers=1),
+            r"tensor 'model.layers.1.input_layernorm.weight' is none of a Llama-type model of 1 layer",
+        ),
+        (
+            lambda path: write_gguf(path / "m.gguf", edit=lambda writer: writer.add_value_length(4)),
+            "its values have 4 dimensions in a head and its keys 8",
+        ),
+        (
+            lambda path: write_gguf(
+                path / "m.gguf", edit=lambda writer: writer.add_array("llama.attention.head_count_kv", [2, 1])
+            ),
+            "it has a llama.attention.head_count_kv for each layer",
+        ),
         (lambda path: write_directory(path / "hf", rope_scaling={"rope_type": "yarn"}), "'yarn' is not known here"),
         (lambda path: write_directory(path / "hf", rope_scaling={"type": "linear"}), "'linear' has no 'factor'"),
         (lambda path: write_directory(path / "hf", quantization_config={"bits": 4}), "quantization_config"),

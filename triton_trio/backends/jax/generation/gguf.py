@@ -11,7 +11,7 @@ import numpy as np
 from ....errors import InvalidArgument
 from .config import LlamaConfig
 from .extra import require
-from .tokenizer import Tokenizer, byte_level_tokenizer
+from .tokenizer import NoTokenizer, Tokenizer, byte_level_tokenizer
 from .weights import Checkpoint, halves_from_pairs
 
 _NAMES = {
@@ -28,6 +28,20 @@ _NAMES = {
     "up": "ffn_up",
     "down": "ffn_down",
 }
+#: Settings that make another network of it.
+_UNKNOWN = (
+    "expert_count",
+    "attention.sliding_window",
+    "attention.clamp_kqv",
+    "attention.scale",
+    "attn_logit_softcapping",
+    "final_logit_softcapping",
+    "embedding_scale",
+    "residual_scale",
+    "logit_scale",
+    "rope.scale_linear",
+    "use_parallel_residual",
+)
 _CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
 
 
@@ -51,9 +65,8 @@ class GgufCheckpoint(Checkpoint):
             self._refuse(f"its architecture is '{architecture}', only 'llama' is known here")
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
         self.tied = "output.weight" not in self._tensors
-        for unknown in sorted(name for name in self._tensors if name.endswith(".bias")):
-            self._refuse(f"tensor '{unknown}': biases are not known here")
         self.config = self._config()
+        self.check_names(self._tensors, "rope_freqs.weight")
         end = self._optional("tokenizer.ggml.eos_token_id")
         self.end_tokens = () if end is None else (int(end),)
 
@@ -81,6 +94,8 @@ class GgufCheckpoint(Checkpoint):
     @cached_property
     def _tokenizer(self) -> Tokenizer:
         model = self._optional("tokenizer.ggml.model")
+        if model in (None, "no_vocab"):
+            return NoTokenizer(f"'{self.path}' has no vocabulary")
         if model != "gpt2":
             self._refuse(
                 f"its tokenizer is of the kind '{model}', only byte-level BPE ('gpt2') is read from GGUF; "
@@ -107,9 +122,9 @@ class GgufCheckpoint(Checkpoint):
 
     def _config(self) -> LlamaConfig:
         def number(key: str) -> int:
-            return int(self._field(f"llama.{key}"))
+            return self._one_for_all(f"llama.{key}", self._field(f"llama.{key}"))
 
-        for key in ("expert_count", "attention.sliding_window"):
+        for key in _UNKNOWN:
             if self._optional(f"llama.{key}"):
                 self._refuse(f"it has llama.{key}, which is not known here")
         scaling = self._optional("llama.rope.scaling.type") or "none"
@@ -120,6 +135,10 @@ class GgufCheckpoint(Checkpoint):
         head_dim = int(self._optional("llama.attention.key_length") or width // heads)
         if (rotated := int(self._optional("llama.rope.dimension_count") or head_dim)) != head_dim:
             self._refuse(f"it rotates {rotated} of {head_dim} dimensions of a head; only all are known here")
+        if (length := int(self._optional("llama.attention.value_length") or head_dim)) != head_dim:
+            self._refuse(
+                f"its values have {length} dimensions in a head and its keys {head_dim}; only equal ones are known here"
+            )
         divisors: tuple[float, ...] = ()
         if scaling == "linear":
             divisors = (float(self._field("llama.rope.scaling.factor")),) * (head_dim // 2)
@@ -130,7 +149,9 @@ class GgufCheckpoint(Checkpoint):
             width=width,
             layers=number("block_count"),
             heads=heads,
-            kv_heads=int(self._optional("llama.attention.head_count_kv") or heads),
+            kv_heads=self._one_for_all(
+                "llama.attention.head_count_kv", self._optional("llama.attention.head_count_kv") or heads
+            ),
             head_dim=head_dim,
             hidden=number("feed_forward_length"),
             context=number("context_length"),
@@ -138,6 +159,11 @@ class GgufCheckpoint(Checkpoint):
             rope_divisors=divisors,
             norm_epsilon=float(self._field("llama.attention.layer_norm_rms_epsilon")),
         )
+
+    def _one_for_all(self, key: str, value: Any) -> int:
+        if isinstance(value, list):
+            self._refuse(f"it has a {key} for each layer; only one for all is known here")
+        return int(value)
 
     def _field(self, key: str) -> Any:
         value = self._optional(key)

@@ -125,6 +125,8 @@ class TextRequest:
             seed=int(inputs["seed"][0]) if "seed" in inputs else int.from_bytes(os.urandom(4), "little"),
         )
         stops = tuple(_text(inputs, "stop", item) for item in inputs.get("stop", ()))
+        if stops:
+            tokenizer.check_text("stop")
         if "" in stops:
             raise InvalidArgument("a stop string is empty; every text would end before it begins")
         return cls(prompt, settings, stops, _flag(inputs, "stream", default=True))

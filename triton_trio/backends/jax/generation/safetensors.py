@@ -29,6 +29,14 @@ _NAMES = {
     "up": "mlp.up_proj",
     "down": "mlp.down_proj",
 }
+#: Settings with which the network is the one that is known here.
+_USUAL = {
+    "hidden_act": "silu",
+    "sliding_window": None,
+    "attention_bias": False,
+    "mlp_bias": False,
+    "partial_rotary_factor": 1,
+}
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
@@ -57,9 +65,9 @@ class SafetensorsCheckpoint(Checkpoint):
             except (library.SafetensorError, OSError) as exc:
                 raise InvalidArgument(f"{file}: not a readable safetensors file, or cut short: {exc}") from None
             self._files |= dict.fromkeys(opened.keys(), opened)
-        for unknown in sorted(name for name in self._files if name.endswith(".bias")):
-            self._refuse(f"tensor '{unknown}': biases are not known here")
         self.tied = bool(self._settings.get("tie_word_embeddings", False))
+        # The rotary frequencies, which follow from config.json, are in some old files, too.
+        self.check_names(name for name in self._files if not name.endswith("rotary_emb.inv_freq"))
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         stored = self.name_of(name, layer)
@@ -80,8 +88,8 @@ class SafetensorsCheckpoint(Checkpoint):
         architectures = self._settings.get("architectures") or ["none"]
         if architectures[0] not in _ARCHITECTURES:
             self._refuse(f"its architecture is {architectures[0]}, only {' and '.join(_ARCHITECTURES)} are known here")
-        for key, usual in (("hidden_act", "silu"), ("sliding_window", None)):
-            if self._settings.get(key, usual) != usual:
+        for key, usual in _USUAL.items():
+            if self._settings.get(key, usual) not in (usual, None):
                 self._refuse(f"its {key} is {self._settings[key]!r}, which is not known here")
         if self._settings.get("quantization_config"):
             self._refuse("it has a quantization_config; load the original weights, or a GGUF file")

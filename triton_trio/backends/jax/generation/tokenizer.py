@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ....errors import InvalidArgument
 from .chat import ChatTemplate
@@ -75,6 +75,47 @@ class Tokenizer:
         """A new text, to which tokens are added one by one."""
         return TextStream(self, self._library, self._streams.DecodeStream(skip_special_tokens=True))
 
+    def check_text(self, what: str) -> None:
+        """Raises :exc:`InvalidArgument` if the model knows ids only, and ``what`` needs text."""
+
+
+class NoTokenizer(Tokenizer):
+    """Of a model whose files have none: ids go in and ids come out, and all text is empty.
+
+    Args:
+      missing: what the files would need, for messages: ``'/models/m/1' has no tokenizer.json``.
+    """
+
+    def __init__(self, missing: str) -> None:
+        self.missing = missing
+
+    @property
+    def vocab_size(self) -> int:
+        return 0
+
+    def encode(self, text: str) -> NoReturn:
+        self._refuse("text_input")
+
+    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> NoReturn:
+        self._refuse("messages")
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return ""
+
+    def token_id(self, token: str) -> None:
+        return None
+
+    def stream(self) -> TextStream:
+        return NoText()
+
+    def check_text(self, what: str) -> None:
+        self._refuse(what)
+
+    def _refuse(self, what: str) -> NoReturn:
+        raise InvalidArgument(
+            f"{what} needs the model's tokenizer, and {self.missing}; send input_ids, without stop strings"
+        )
+
 
 class TextStream:
     """Text as its tokens come.  A character whose bytes are spread over tokens comes with the last of them."""
@@ -98,6 +139,19 @@ class TextStream:
         """What is left when no more tokens come: nothing, or U+FFFD for the beginning of a character."""
         held, self._held = self._held, []
         return self._tokenizer.decode(held)
+
+
+class NoText(TextStream):
+    """Of a model without a tokenizer."""
+
+    def __init__(self) -> None:
+        """It has nothing."""
+
+    def add(self, token: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
 
 
 def byte_level_tokenizer(
@@ -154,12 +208,14 @@ def byte_level_tokenizer(
 def tokenizer_from_directory(directory: Path) -> Tokenizer:
     """Hugging Face's ``tokenizer.json``, with ``tokenizer_config.json`` and ``chat_template.jinja`` where they exist.
 
+    Without a ``tokenizer.json`` it is a :class:`NoTokenizer`.
+
     Raises:
-      InvalidArgument: there is no ``tokenizer.json``, or it cannot be read.
+      InvalidArgument: one of them cannot be read.
     """
     file = directory / "tokenizer.json"
     if not file.is_file():
-        raise InvalidArgument(f"'{directory}' has no tokenizer.json; text cannot be turned into tokens without it")
+        return NoTokenizer(f"'{directory}' has no tokenizer.json")
     try:
         library = require("tokenizers").Tokenizer.from_file(str(file))
     except Exception as exc:  # noqa: BLE001  # the library raises nothing narrower

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,7 +54,23 @@ class Checkpoint(ABC):
 
     @abstractmethod
     def tokenizer(self) -> Tokenizer:
-        """Raises :exc:`InvalidArgument`: there is none, or of an unknown kind."""
+        """A :class:`~.tokenizer.NoTokenizer` if the files have none; raises :exc:`InvalidArgument` for one of an unknown kind."""
+
+    def check_names(self, stored: Iterable[str], *more: str) -> None:
+        """Of all tensors that are there: one that the network knows nothing of would be missing in what it says.
+
+        Raises:
+          InvalidArgument: there is such a tensor.
+        """
+        layers = range(self.config.layers)
+        known = {self.name_of(name) for name in ("embed", "norm", "unembed")}
+        known |= {self.name_of(name, layer) for name in (*WEIGHTS, *NORMS) for layer in layers}
+        for unknown in sorted({*stored} - known - {*more}):
+            if unknown.endswith(".bias"):
+                raise InvalidArgument(f"{self.path}: tensor '{unknown}': biases are not known here")
+            raise InvalidArgument(
+                f"{self.path}: tensor '{unknown}' is none of a Llama-type model of {len(layers)} layers"
+            )
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
