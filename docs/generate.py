@@ -1,4 +1,4 @@
-"""Writes what the docs show but nobody should type: recorded output, code listings, diagrams, pictures of recorded runs.
+"""Writes what the docs show but nobody should type: recorded output, code listings, diagrams, pictures of runs, plots.
 
 ``python docs/generate.py`` rewrites the parts of the pages between ``<!-- begin: NAME ARGUMENT -->`` and ``<!-- end -->``, and
 the pictures that they show; ``--check`` only says what is out of date, and is what the test runs.
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
 
+import plots
 from timeline.draw import draw
 from timeline.record import record
 from timeline.runs import RUNS
@@ -68,6 +69,7 @@ def picture(name: str) -> str:
 def pictures() -> Iterator[tuple[Path, str]]:
     for name, run in RUNS.items():
         yield DOCS / "images" / f"{name}.svg", draw(record(run.play), run.title)
+    yield DOCS / "images" / "checkpoints.svg", plots.checkpoints()
 
 
 def pages() -> Iterator[tuple[Path, str]]:
