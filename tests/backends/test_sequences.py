@@ -23,6 +23,7 @@ from triton_trio.lifecycle import Event
 from triton_trio.request import InferenceRequest
 from triton_trio.scheduling import SequenceTensors
 from triton_trio.scopes import Reason
+from triton_trio.states import StateSlot
 from triton_trio.testing.device import DeviceGate
 from triton_trio.validation import RequestValidator
 
@@ -72,7 +73,14 @@ async def run(ctx, params, inputs):
     await ctx.checkpoint(outputs)
     return outputs
 """
-FORMS = pytest.mark.parametrize("code", [SUM, SUM_BY_STEPS, SUM_EXPLICIT], ids=["apply", "steps", "explicit"])
+#: With the value of ``state_on_device``: whoever keeps the states, a client sees the same.
+FORMS = pytest.mark.parametrize(
+    ("code", "on_device"),
+    [(SUM, "true"), (SUM, "false"), (SUM_BY_STEPS, "true"), (SUM_BY_STEPS, "false"), (SUM_EXPLICIT, "true")],
+    ids=["apply", "apply-host", "steps", "steps-host", "explicit"],
+)
+#: Few programs, for what does not depend on their number.
+FEW = {"buckets": 4, "ladder": "1,4", "warmup": "false"}
 
 
 def sum_config(more: str = "") -> str:
@@ -108,14 +116,20 @@ class Slots:
         real = [request for request in self.requests if request is not None]
         for request in real:
             request.advance(Event.ENQUEUE if request.bound_at == 0 else Event.RESCHEDULE)
-            self.tensors.fill(request, self.state(request), start=start, end=False)
+            if self.instance.keeps_states:
+                request.state_slot = StateSlot(int(request.sequence_id) - 1, generation=int(request.sequence_id))
+            state = {} if self.instance.keeps_states else self.state(request)
+            self.tensors.fill(request, state, start=start, end=False)
         return Batch(
             [self.tensors.null_row(real[0]) if request is None else request for request in self.requests],
             decoupled=self.decoupled,
-            take_states=lambda request, outputs: self.tensors.take_states(self.state(request), request, outputs),
+            take_states=None if self.instance.keeps_states else self.take_states,
             keep_cancelled=self.keep_cancelled,
             on_rescheduled=self.note_rescheduled,
         )
+
+    def take_states(self, request: InferenceRequest, outputs: Inputs) -> Inputs:
+        return self.tensors.take_states(self.state(request), request, outputs)
 
     def note_rescheduled(self, member: Member) -> None:
         self.rescheduled.append(member.request.sequence_id)
@@ -135,16 +149,17 @@ class Slots:
         return outputs["Y"].item()
 
 
-def backend_view(context: ModelContext) -> ModelContext:
-    """What the repository hands to a backend."""
-    return dataclasses.replace(context, config=context.config.backend_view())
+def backend_view(context: ModelContext, slots: int = 4) -> ModelContext:
+    """What a backend gets, when it may keep the states of so many sequences."""
+    states = SequenceTensors(context.config).slots(slots)
+    return dataclasses.replace(context, config=context.config.backend_view(), states=states)
 
 
 @asynccontextmanager
 async def open_slots(
     context: ModelContext, *, slots: int = 4, gate: DeviceGate | None = None, keep_cancelled: bool = False
 ) -> AsyncIterator[Slots]:
-    async with open_world(backend_view(context), gate=gate) as world:
+    async with open_world(backend_view(context, slots), gate=gate) as world:
         yield Slots(context, world.instance, slots, keep_cancelled=keep_cancelled)
 
 
@@ -152,36 +167,40 @@ async def open_slots(
 
 
 @FORMS
-async def test_controls_and_states_are_inputs_and_new_states_are_outputs(tmp_path: Path, code: str) -> None:
-    context = write_model(tmp_path, code, sum_config(), max_batch_size=4)
+async def test_controls_and_states_are_inputs_and_new_states_are_outputs(
+    tmp_path: Path, code: str, on_device: str
+) -> None:
+    context = write_model(tmp_path, code, sum_config(), max_batch_size=4, **FEW, state_on_device=on_device)
     async with open_slots(context) as sequences:
         assert await sequences.execute(x(1), x(2), x(3), start=True) == [10011, 10022, 10033]
         assert await sequences.execute(x(4), x(5), x(6)) == [10051, 10072, 10093]
-        assert [state["SUM_IN"].item() for state in sequences.states] == [1005, 1007, 1009, 0]
+        assert await sequences.execute(x(0), x(0), x(0), x(0)) == [10051, 10072, 10093, 4]
 
 
 @FORMS
-async def test_a_sequence_of_a_model_that_does_not_batch(tmp_path: Path, code: str) -> None:
-    context = write_model(tmp_path, code, sum_config(), max_batch_size=0)
+async def test_a_sequence_of_a_model_that_does_not_batch(tmp_path: Path, code: str, on_device: str) -> None:
+    context = write_model(tmp_path, code, sum_config(), max_batch_size=0, ladder="1,4", state_on_device=on_device)
     async with open_slots(context, slots=1) as sequences:
         one, two = ({"X": np.array([value], np.int32)} for value in (1, 2))
         assert await sequences.execute(one, start=True) == [10011]
         assert await sequences.execute(two) == [10031]
-        assert sequences.states[0]["SUM_IN"].tolist() == [1003]
+        assert await sequences.execute(two) == [10051]
 
 
 @FORMS
-async def test_law_7_rows_without_a_request_do_not_touch_their_neighbours(tmp_path: Path, code: str) -> None:
-    context = write_model(tmp_path, code, sum_config(), max_batch_size=4)
+async def test_law_7_rows_without_a_request_do_not_touch_their_neighbours(
+    tmp_path: Path, code: str, on_device: str
+) -> None:
+    context = write_model(tmp_path, code, sum_config(), max_batch_size=4, **FEW, state_on_device=on_device)
     async with open_slots(context) as sequences:
         assert await sequences.execute(None, x(2), None, x(4), start=True) == [None, 10022, None, 10044]
         assert await sequences.execute(x(1), None, None, x(4)) == [11, None, None, 10084]
-        assert [state["SUM_IN"].item() for state in sequences.states] == [1, 1002, 0, 1008]
+        assert await sequences.execute(x(0), x(0), x(0), x(0)) == [11, 10022, 3, 10084]
 
 
 async def test_a_row_without_a_request_is_computed_with_another_row_s_tensors(tmp_path: Path) -> None:
     """Zeros could be what a ``while_loop`` in the model never ends with."""
-    context = write_model(tmp_path, SUM, sum_config(), max_batch_size=4)
+    context = write_model(tmp_path, SUM, sum_config(), max_batch_size=4, buckets=4, state_on_device="false")
     async with open_slots(context) as sequences:
         sequences.states[1]["SUM_IN"] = np.array([[70]], np.int32)
         stacked = stack_inputs(sequences.batch(None, x(5), start=True), context.config.backend_view(), bucket=4)
@@ -195,9 +214,11 @@ async def test_a_row_without_a_request_is_computed_with_another_row_s_tensors(tm
 
 
 @FORMS
-async def test_a_cancelled_row_that_is_kept_is_computed_for_its_state(tmp_path: Path, code: str) -> None:
+async def test_a_cancelled_row_that_is_kept_is_computed_for_its_state(
+    tmp_path: Path, code: str, on_device: str
+) -> None:
     """Timeline: two rows on the device; one is cancelled; the device ends; its state is there, an answer is not."""
-    context = write_model(tmp_path, code, sum_config(), max_batch_size=4, warmup="false")
+    context = write_model(tmp_path, code, sum_config(), max_batch_size=4, **FEW, state_on_device=on_device)
     gate = DeviceGate()
     async with open_slots(context, gate=gate, keep_cancelled=True) as sequences:
         batch = sequences.batch(x(1), x(2), start=True)
@@ -211,7 +232,7 @@ async def test_a_cancelled_row_that_is_kept_is_computed_for_its_state(tmp_path: 
                 gate.open()
         assert await sequences.answer(second) == 10022
         assert first.reason is Reason.CLIENT_RESET
-        assert [state["SUM_IN"].item() for state in sequences.states[:2]] == [1001, 1002]
+        assert await sequences.execute(x(0), x(0)) == [10011, 10022]
 
 
 # Rescheduling

@@ -58,8 +58,11 @@ def sums(sequence: int, *values: int) -> list[int]:
 
 @FORMS
 @STRATEGIES
-async def test_sequences_side_by_side_have_a_state_each(tmp_path: Path, strategy: str, code: str) -> None:
-    write_model(tmp_path, code, sum_config(strategy + IDLE), max_batch_size=4)
+async def test_sequences_side_by_side_have_a_state_each(
+    tmp_path: Path, strategy: str, code: str, on_device: str
+) -> None:
+    few = {"buckets": "2,4", "ladder": "1,4", "state_on_device": on_device}
+    write_model(tmp_path, code, sum_config(strategy + IDLE), max_batch_size=4, **few)
     played: dict[int, list[int]] = {}
     async with serve(tmp_path) as server:
         model = server.model("m")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -11,7 +10,8 @@ from .accounts import share
 from .device import Turn
 from .job import DeviceJob
 from .programs import precision
-from .turns import Slot, stack_inputs, start_copy, to_host, to_response
+from .states import gather_inputs
+from .turns import Slot, start_copy, to_host, to_response
 
 if TYPE_CHECKING:
     from ...batch import Batch, Member
@@ -35,7 +35,6 @@ class ApplyTurn(Turn):
         self._slots = slots
         self._taken: list[Slot] = []
         self._outputs: dict[str, Any] = {}
-        self._wrote = False
         self.outputs: dict[str, Array] = {}
 
     @property
@@ -48,30 +47,26 @@ class ApplyTurn(Turn):
         if not self._taken:
             return False
         placed = self._placed
-        bucket = self._programs.bucket
-        inputs = stack_inputs(self._batch, placed.config, bucket, on_device=placed.states_on_device)
         assert self._programs.apply is not None
         with precision(placed.options.x64):
-            if self._states is None:
-                self._outputs = self._programs.apply(placed.params, inputs)
-            else:
-                program = partial(self._programs.apply, placed.params, inputs)
-                self._outputs = self._states.write(program, self._taken, bucket=bucket, reads=self._batch.members)
-                self._wrote = True
-        start_copy(self._outputs)
+            inputs = gather_inputs(self._batch, placed, self._programs.bucket, self._states)
+            self._outputs = self._programs.apply(placed.params, inputs)
+        start_copy(placed.shown(self._outputs))
         return True
 
     def wait(self) -> None:
         outputs, self._outputs = self._outputs, {}
         try:
-            self.outputs = to_host(outputs)
+            self.outputs = to_host(self._placed.shown(outputs))
+            if self._states is not None:
+                self._states.put(outputs, [(slot.member, slot.rows) for slot in self._taken], self._programs.bucket)
         finally:
             for slot in self._taken:
                 slot.busy -= 1
 
     def failed(self) -> None:
-        if self._states is not None and self._wrote:
-            self._states.lose()
+        if self._states is not None:
+            self._states.check()
 
     def ready(self) -> bool:
         return all(leaf.is_ready() for leaf in self._outputs.values())

@@ -52,9 +52,9 @@ class JaxOptions:
         limit by default.
     ``state_on_device``
         ``false``: the states of ``sequence_batching`` go through the host with each request.  By default they stay on the
-        device: one array for each state, of as many rows as an instance has sequences at a time and two more, made at
-        load.  Where that cannot be, they go through the host anyway: in an explicit model, one with ``emit``, one in a
-        process of its own, one without any output for clients, and with a variable dim in a state.
+        device: one array for each state, of as many rows as an instance has sequences at a time and one more, made at
+        load.  Through the host they go anyway in an explicit model, one with ``emit``, one in a process of its own, and
+        one with a variable dim in a state.
     ``worker_process``
         ``true``: the model is in a process of its own, so that neither the server's busy event loop nor another model's
         delays its device, and what takes the process down takes this model's executions and nothing else.  A device

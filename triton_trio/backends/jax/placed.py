@@ -60,6 +60,7 @@ class PlacedStatistics:
     device_seconds: float
     device_seconds_wasted: float  #: of these, programs whose request had left when they ended
     device_seconds_saved: float  #: what cancelled requests would have gone on to take; an estimate
+    state_bytes: int  #: on the device, for the sequences of all instances there
     #: Of the largest batch, the quickest of a few tries; None for other forms, variable dims, or ``warmup`` false.
     step_ms_at_load: float | None
     buckets: tuple[BucketStatistics, ...]
@@ -87,8 +88,7 @@ class PlacedModel:
         self.users = 0  #: instances; of the backend
         #: None: the server keeps the states of sequences, if there are any.
         self.layout = StateLayout.of(self.config, functions, options, context.states, jax_device)
-        self.states_on_device = frozenset() if self.layout is None else self.layout.shapes.keys()
-        self._inputs = tuple(spec for spec in self.config.inputs if spec.name not in self.states_on_device)
+        self.states_on_device = {} if self.layout is None else self.layout.shapes  #: inputs that requests do not bring
         self._context = context
         self._builder: ProgramBuilder | None = None
         self._sets: OrderedDict[tuple[int, RowShapes], ProgramSet] = OrderedDict()
@@ -117,6 +117,7 @@ class PlacedModel:
             device_seconds=self._device_seconds,
             device_seconds_wasted=self._wasted_seconds,
             device_seconds_saved=self._saved_seconds,
+            state_bytes=self.users * self._state_bytes,
             step_ms_at_load=None if self._step_at_load is None else self._step_at_load * 1e3,
             buckets=tuple(
                 BucketStatistics(
@@ -128,6 +129,11 @@ class PlacedModel:
                 for found in self._sets.values()
             ),
         )
+
+    @property
+    def _state_bytes(self) -> int:
+        """For each instance."""
+        return 0 if self.layout is None else self.layout.bytes
 
     @contextmanager
     def counted(self, batch: Batch) -> Iterator[None]:
@@ -160,12 +166,11 @@ class PlacedModel:
         """
         self.params = await trio.to_thread.run_sync(self._load_params)
         await trio.lowlevel.checkpoint()
-        self._builder = ProgramBuilder(
-            self.functions, self.options, self.jax_device, self.params, batched=self.batched, states=self.layout
-        )
+        self._builder = ProgramBuilder(self.functions, self.options, self.jax_device, self.params, batched=self.batched)
         if self.layout is not None:
-            await self.compile(self.layout.compile)
-        shapes = static_shapes(self._inputs)
+            for job in self.layout.build(self.options.buckets):
+                await self.compile(job)
+        shapes = static_shapes(self.config.inputs)
         if self.functions.form is not Form.EXPLICIT and shapes is not None:
             for bucket in self.options.buckets:
                 programs = await self._program_set(bucket, shapes)
@@ -239,6 +244,10 @@ class PlacedModel:
             ) from None
         return store
 
+    def shown(self, outputs: dict[str, Any]) -> dict[str, Any]:
+        """Without the states that stay on the device."""
+        return outputs if self.layout is None else self.layout.shown(outputs)
+
     def loaded(self) -> None:
         """Compilations from here on keep requests waiting; see :class:`PlacedStatistics`."""
         self._loaded = True
@@ -247,7 +256,7 @@ class PlacedModel:
     def warm(self) -> bool:
         """Everything that a request of a known shape needs was compiled at load."""
         tried = self.functions.form is not Form.EXPLICIT or self.options.warmup
-        return self._loaded and tried and static_shapes(self._inputs) is not None
+        return self._loaded and tried and static_shapes(self.config.inputs) is not None
 
     def unload(self) -> None:
         """Forget parameters and programs."""
@@ -262,13 +271,15 @@ class PlacedModel:
 
         **Cancellation:** between compilations.
         """
-        shapes = row_shapes(batch, self._inputs, batched=self.batched)
-        return await self._program_set(self.options.bucket(batch.rows if self.batched else 1), shapes)
+        return await self._program_set(self.options.bucket(batch.rows if self.batched else 1), self._shapes(batch))
 
     def smaller_sets(self, batch: Batch, bucket: int) -> dict[int, ProgramSet]:
         """The compiled programs for this batch's shape below ``bucket``, by their buckets; compiles nothing."""
-        shapes = row_shapes(batch, self._inputs, batched=self.batched)
+        shapes = self._shapes(batch)
         return {key[0]: found for key, found in self._sets.items() if key[0] < bucket and key[1] == shapes}
+
+    def _shapes(self, batch: Batch) -> RowShapes:
+        return row_shapes(batch, self.config.inputs, self.states_on_device, batched=self.batched)
 
     async def _program_set(self, bucket: int, shapes: RowShapes) -> ProgramSet:
         key = (bucket, shapes)
@@ -278,14 +289,14 @@ class PlacedModel:
                 found = self._sets.get(key)
                 if found is None:
                     found = self._sets[key] = await self._build(bucket, shapes)
-                    if static_shapes(self._inputs) is None and len(self._sets) > self.options.shapes:
+                    if static_shapes(self.config.inputs) is None and len(self._sets) > self.options.shapes:
                         self._sets.popitem(last=False)
         self._sets.move_to_end(key)
         return found
 
     async def _build(self, bucket: int, shapes: RowShapes) -> ProgramSet:
         assert self._builder is not None
-        row = row_avals(self.config.inputs, dict(shapes) | ({} if self.layout is None else self.layout.shapes))
+        row = row_avals(self.config.inputs, dict(shapes))
         if shapes not in self._checked:
             params = jax.tree.map(lambda leaf: aval(leaf.shape, leaf.dtype), self.params)
             checker = FunctionChecker(self.config, self.functions, params, row)
@@ -311,7 +322,7 @@ class PlacedModel:
         if limit is None or memory is None:
             return
         params = tree_bytes(self.params)
-        states = 0 if self.layout is None else self.layout.bytes
+        states = self._state_bytes
         needed = params + self.users * (memory.total + states)
         if needed > limit:
             raise InvalidArgument(

@@ -33,13 +33,12 @@ class Probe(Turn):
         self.state = state  #: carry and flags; None before the first chunk
 
     def dispatch(self) -> bool:
-        programs, params, layout = self._programs, self._placed.params, self._placed.layout
+        programs, params = self._programs, self._placed.params
         state, self.state = self.state, None
         with precision(self._placed.options.x64):
             if state is None:
                 assert programs.init is not None
-                states = () if layout is None else (layout.make(), layout.initial_rows(programs.bucket))
-                state = programs.init(params, self._inputs, *states)
+                state = programs.init(params, self._inputs)
             # Rows that are done and rows that are not take the same time.
             keep = np.ones(programs.bucket, bool)
             carry, flags, _ = programs.chunks[self._k](params, *state, keep)

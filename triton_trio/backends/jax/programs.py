@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from ...config import TensorSpec
     from .loader import ModelFunctions
     from .options import JaxOptions
-    from .states import StateLayout
 
 Compiled = Callable[..., Any]
 #: Shapes of one row by input name: with the bucket, what a set of programs is compiled for.
@@ -78,58 +77,37 @@ class ProgramBuilder:
     Args:
       params: on the device.
       batched: the model has a batch dimension; without one, a bucket is one row and tensors are passed as they are.
-      states: where these are on the device, programs that read or write them have two more arguments, the arrays and their
-        rows; and what writes them returns new arrays, too.
     """
 
     def __init__(
-        self,
-        functions: ModelFunctions,
-        options: JaxOptions,
-        device: jax.Device,
-        params: Any,
-        *,
-        batched: bool,
-        states: StateLayout | None = None,
+        self, functions: ModelFunctions, options: JaxOptions, device: jax.Device, params: Any, *, batched: bool
     ) -> None:
         self._functions = functions
         self._options = options
         self._sharding = jax.sharding.SingleDeviceSharding(device)
         self._params = jax.tree.map(self._aval, params)
         self._batched = batched
-        self._states = states
-        self._arrays = None if states is None else states.avals()
 
     def build(self, programs: ProgramSet, row: Mapping[str, Avals]) -> Iterator[Callable[[], None]]:
         """Jobs that fill ``programs``, each of them one compilation; call them in order, in a worker thread."""
         functions = self._functions
         bucket = programs.bucket
-        states = self._states
-        on_device = states.shapes if states is not None else ()
-        inputs = {
-            name: self._placed((bucket, *aval.shape), aval.dtype) for name, aval in row.items() if name not in on_device
-        }
-        held = () if states is None else (self._arrays, states.rows_aval(bucket))
+        inputs = {name: self._placed((bucket, *aval.shape), aval.dtype) for name, aval in row.items()}
 
         def compile_apply() -> None:
             assert functions.apply is not None
-            apply = self._lift(functions.apply)
-            if states is None:
-                programs.apply = self._compile(programs, apply, self._params, inputs)
-            else:
-                apply = states.reading_and_writing(apply)
-                programs.apply = self._compile(programs, apply, self._params, inputs, *held, donate=2)
+            programs.apply = self._compile(programs, self._lift(functions.apply), self._params, inputs)
 
         if functions.apply is not None:
             yield compile_apply
             return
 
-        init = self._init() if states is None else states.reading(self._init())
+        init = self._init()
         avals: list[Avals] = []
 
         def compile_init() -> None:
-            programs.init = self._compile(programs, init, self._params, inputs, *held)
-            avals.extend(jax.tree.map(self._aval, jax.eval_shape(init, self._params, inputs, *held)))
+            programs.init = self._compile(programs, init, self._params, inputs)
+            avals.extend(jax.tree.map(self._aval, jax.eval_shape(init, self._params, inputs)))
 
         def compile_chunk(k: int) -> None:
             carry, flags = avals
@@ -146,12 +124,7 @@ class ProgramBuilder:
 
         def compile_finish() -> None:
             assert functions.finish is not None
-            finish = self._lift(functions.finish)
-            if states is None:
-                programs.finish = self._compile(programs, finish, self._params, avals[0])
-            else:
-                finish = states.writing(finish)
-                programs.finish = self._compile(programs, finish, self._params, avals[0], *held, donate=2)
+            programs.finish = self._compile(programs, self._lift(functions.finish), self._params, avals[0])
 
         yield compile_init
         for k in programs.controller.ladder:
@@ -168,11 +141,10 @@ class ProgramBuilder:
     ) -> Compiled:
         jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
         compiled: Any = jitted.lower(*avals).compile()
-        shared = (self._params, self._arrays)  # of all programs, and so counted once
-        memory = ProgramMemory.of(compiled, *(each for each in avals if not any(each is other for other in shared)))
+        memory = ProgramMemory.of(compiled, *(each for each in avals if each is not self._params))
         if memory is not None and (programs.memory is None or memory.total > programs.memory.total):
             programs.memory = memory
-        if donate is not None and avals[donate] is not self._arrays:
+        if donate is not None:
             programs.not_donated = programs.not_donated or donation_problem(memory, avals[donate], compiled.out_info[0])
         return cast("Compiled", compiled)
 

@@ -1,17 +1,17 @@
 """The states of sequences on the device: one array for each state, with a row for each slot of one instance.
 
-A program takes the rows of its batch out of the arrays and writes the new states in, in place: the arrays are donated.  So a
-state does not come to the host between two requests, and that a sequence's next request finds what the one before it has
-left is the device's own order.
+Before a batch's program, another takes its members' rows out of the arrays; when it has succeeded, a third puts the new
+states there, in place: the arrays are donated.  So a state does not come to the host between two requests, the model's own
+program is the same wherever its states are kept, and what failed or was cancelled has changed no state.
 
-What a row holds is its sequence's only if that sequence has written it: known by generation, for a slot has one owner
+What a row holds is its sequence's only if that sequence has put it there: known by generation, for a slot has one owner
 after the other.  Anybody else starts from the initial states, which have a row of their own.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -22,6 +22,8 @@ from ...errors import Unavailable
 from ...tensor import DTYPES
 from .checks import Avals, aval, model_dims
 from .memory import tree_bytes
+from .programs import precision
+from .turns import stack_inputs
 
 if TYPE_CHECKING:
     from ...batch import Batch, Member
@@ -30,34 +32,41 @@ if TYPE_CHECKING:
     from ...states import StateSlots
     from .loader import ModelFunctions
     from .options import JaxOptions
-    from .turns import Slot
+    from .placed import PlacedModel
+    from .turns import Rows
 
 #: By input name, on the device.
 Arrays = dict[str, Any]
-#: JAX's stubs leave it untyped.
-_barrier: Any = jax.lax.optimization_barrier
+
+
+def gather_inputs(batch: Batch, placed: PlacedModel, bucket: int, states: StateStore | None) -> dict[str, Any]:
+    """The inputs of a batch: rows from the host, and the states that are on the device; in the device thread."""
+    inputs: dict[str, Any] = stack_inputs(batch, placed.config, bucket, on_device=placed.states_on_device)
+    return inputs if states is None else inputs | states.take(batch.members, bucket)
 
 
 class StateLayout:
-    """The arrays, as a model's programs on one device see them; ``rows`` are two for each row of a bucket (int32[2, bucket]):
-    from where its states come, and where the new ones go.
+    """The arrays of a model's instances on one device, and the programs that take rows and put them there.
 
-    Behind the rows of the slots are two more: the initial states, which nothing is written to, and one for what nobody
-    wants, which nothing is read from.
+    Behind the rows of the slots is one more: the initial states, where nothing is ever put.
     """
 
-    def __init__(self, config: ModelConfig, slots: StateSlots, device: jax.Device) -> None:
+    def __init__(self, config: ModelConfig, slots: StateSlots, device: jax.Device, *, x64: bool) -> None:
         assert config.sequence_batching is not None
+        states = config.sequence_batching.states
         self.count = slots.count
-        self.initial_row, self.waste_row = slots.count, slots.count + 1
-        #: Of one row, by input name: the model's functions see these among their inputs.
-        self.shapes = {state.input_name: state.dims for state in config.sequence_batching.states}
-        self._dtypes = {state.input_name: DTYPES[state.datatype] for state in config.sequence_batching.states}
-        self._outputs = {state.input_name: state.output_name for state in config.sequence_batching.states}
+        self.x64 = x64
+        #: Of one row, by input name.
+        self.shapes = {state.input_name: state.dims for state in states}
+        self._dtypes = {state.input_name: DTYPES[state.datatype] for state in states}
+        self._outputs = {state.input_name: state.output_name for state in states}
         self._hidden = slots.hidden
         self._initial = {name: slots.initial[name].reshape(dims) for name, dims in self.shapes.items()}
         self._sharding = jax.sharding.SingleDeviceSharding(device)
         self._make: Callable[..., Arrays] | None = None
+        # By bucket.
+        self._take: dict[int, Callable[..., Arrays]] = {}
+        self._put: dict[int, Callable[..., Arrays]] = {}
 
     @classmethod
     def of(
@@ -68,106 +77,90 @@ class StateLayout:
         slots: StateSlots | None,
         device: jax.Device,
     ) -> StateLayout | None:
-        """None where the server has to keep the states; see :attr:`JaxOptions.state_on_device`."""
+        """None where the server keeps the states; see :class:`JaxOptions`, ``state_on_device``."""
         batching = config.sequence_batching
         if slots is None or batching is None or not options.state_on_device:
             return None
         if functions.run is not None or functions.emit is not None:
             return None
-        shown = {spec.name: model_dims(spec) for spec in config.outputs}
-        # A program with nothing for clients would have no output whose end tells of its own.
-        if slots.hidden.issuperset(shown) or any(
-            -1 in state.dims or shown[state.output_name] != state.dims for state in batching.states
-        ):
+        made = {spec.name: model_dims(spec) for spec in config.outputs}
+        if any(-1 in state.dims or made[state.output_name] != state.dims for state in batching.states):
             return None
-        return cls(config, slots, device)
+        return cls(config, slots, device, x64=options.x64)
 
     @property
     def bytes(self) -> int:
         """What the arrays of one instance take."""
-        return tree_bytes(self.avals())
+        return tree_bytes(self._avals(self.count + 1))
 
-    def avals(self) -> Avals:
-        """The arrays, abstract."""
-        return {
-            name: aval((self.count + 2, *dims), self._dtypes[name], sharding=self._sharding)
-            for name, dims in self.shapes.items()
-        }
+    def shown(self, outputs: Mapping[str, Any]) -> dict[str, Any]:
+        """The outputs that clients may see."""
+        return {name: value for name, value in outputs.items() if name not in self._hidden}
 
-    def rows_aval(self, bucket: int) -> Avals:
-        return aval((2, bucket), np.dtype(np.int32), sharding=self._sharding)
-
-    def initial_rows(self, bucket: int) -> Array:
-        """Everybody reads the initial states, and nobody's new ones are kept."""
-        return np.repeat(np.array([[self.initial_row], [self.waste_row]], np.int32), bucket, axis=1)
-
-    def compile(self) -> None:
-        """In a worker thread, before :meth:`make`."""
+    def build(self, buckets: Sequence[int]) -> Iterator[Callable[[], None]]:
+        """Compilations, each for a worker thread; call them all."""
+        arrays = self._avals(self.count + 1)
 
         def make(initial: Arrays) -> Arrays:
             return {
-                name: jnp.zeros((self.count + 2, *value.shape), value.dtype).at[self.initial_row].set(value)
+                name: jnp.zeros((self.count + 1, *value.shape), value.dtype).at[self.count].set(value)
                 for name, value in initial.items()
             }
 
-        avals = {name: aval(value.shape, value.dtype, sharding=self._sharding) for name, value in self._initial.items()}
-        self._make = jax.jit(make).lower(avals).compile()
+        def take(arrays: Arrays, rows: jax.Array) -> Arrays:
+            return {name: array.at[rows].get(mode="promise_in_bounds") for name, array in arrays.items()}
+
+        def put(arrays: Arrays, new: Arrays, rows: jax.Array) -> Arrays:
+            return {
+                name: array.at[rows].set(new[name], mode="drop", unique_indices=True) for name, array in arrays.items()
+            }
+
+        def compile_make() -> None:
+            self._make = jax.jit(make).lower(self._avals()).compile()
+
+        def compile_bucket(bucket: int) -> None:
+            rows = aval((bucket,), np.dtype(np.int32), sharding=self._sharding)
+            self._take[bucket] = jax.jit(take).lower(arrays, rows).compile()
+            put_in_place = jax.jit(put, donate_argnums=0)
+            self._put[bucket] = put_in_place.lower(arrays, self._avals(bucket), rows).compile()
+
+        yield compile_make
+        for bucket in buckets:
+            yield lambda bucket=bucket: compile_bucket(bucket)  # type: ignore[misc]
 
     def make(self) -> Arrays:
         """New arrays, in which no sequence has anything."""
         assert self._make is not None
         return self._make(self._initial)
 
-    # Around what the author wrote, lifted to a batch
+    def take(self, arrays: Arrays, rows: Array) -> Arrays:
+        """Args: rows: int32[bucket]."""
+        return self._take[len(rows)](arrays, rows)
 
-    def reading(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """From ``(params, inputs)`` to ``(params, inputs, arrays, rows)``."""
+    def put(self, arrays: Arrays, outputs: Mapping[str, Any], rows: Array) -> Arrays:
+        """The arrays with new states, in place of the old ones.
 
-        def program(params: Any, inputs: Any, arrays: Arrays, rows: jax.Array) -> Any:
-            return function(params, {**inputs, **self._read(arrays, rows[0])})
+        Args:
+          rows: int32[bucket], no two of them equal; what is beyond the arrays' last row is put nowhere.
+        """
+        new = {name: outputs[output] for name, output in self._outputs.items()}
+        return self._put[len(rows)](arrays, new, rows)
 
-        return program
+    def outputs(self, outputs: Mapping[str, Any]) -> list[Any]:
+        """The new states among the outputs of the model's program."""
+        return [outputs[name] for name in self._outputs.values()]
 
-    def writing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """From ``(params, carry) -> outputs`` to ``(params, carry, arrays, rows) -> (outputs, arrays)``."""
-
-        def program(params: Any, carry: Any, arrays: Arrays, rows: jax.Array) -> Any:
-            return self._write(arrays, function(params, carry), rows[1])
-
-        return program
-
-    def reading_and_writing(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """From ``(params, inputs) -> outputs`` to ``(params, inputs, arrays, rows) -> (outputs, arrays)``."""
-        reading = self.reading(function)
-
-        def program(params: Any, inputs: Any, arrays: Arrays, rows: jax.Array) -> Any:
-            return self._write(arrays, reading(params, inputs, arrays, rows), rows[1])
-
-        return program
-
-    # The barriers keep what the author wrote a computation of its own: with the copies fused into it, a row's bits could be
-    # others than where the server keeps the states.
-
-    def _read(self, arrays: Arrays, source: jax.Array) -> Arrays:
-        found = {name: array.at[source].get(mode="promise_in_bounds") for name, array in arrays.items()}
-        barred: Arrays = _barrier(found)
-        return barred
-
-    def _write(self, arrays: Arrays, outputs: Mapping[str, Any], target: jax.Array) -> tuple[dict[str, Any], Arrays]:
-        outputs = _barrier(dict(outputs))
-        arrays = dict(arrays)
-        for name, output in self._outputs.items():
-            # Row by row: XLA's scatter on a CPU copies the whole array, donated or not.
-            for row in range(target.shape[0]):
-                new = outputs[output][row : row + 1]
-                arrays[name] = jax.lax.dynamic_update_slice_in_dim(arrays[name], new, target[row], 0)
-        return {name: value for name, value in outputs.items() if name not in self._hidden}, arrays
+    def _avals(self, *lead: int) -> Avals:
+        return {
+            name: aval((*lead, *dims), self._dtypes[name], sharding=self._sharding)
+            for name, dims in self.shapes.items()
+        }
 
 
 class StateStore:
     """The states of one instance's sequences.
 
-    Whose a slot is, is the Trio thread's to say; the arrays, and who has written there, are the device thread's.
+    Whose a slot is, is the Trio thread's to say; the arrays, and who has states there, are the device thread's.
     """
 
     def __init__(self, layout: StateLayout, model: str) -> None:
@@ -176,15 +169,10 @@ class StateStore:
         self._arrays: Arrays | None = None
         # By slot, generations of sequences; 0: none.
         self._owners = [0] * layout.count
-        self._written = [0] * layout.count  #: whose states are in the arrays
+        self._kept = [0] * layout.count  #: whose states are in the arrays
         self._lost: set[int] = set()  #: those whose states are gone, though they have not ended
-        # One thread may forget a sequence while the other writes another's state.
+        # One thread may forget a sequence while the other keeps the states of another.
         self._lock = threading.Lock()
-
-    @property
-    def held(self) -> int:
-        """Sequences that have states here."""
-        return sum(map(bool, self._written))
 
     def open(self) -> None:
         """Make the arrays; blocking."""
@@ -213,7 +201,7 @@ class StateStore:
                     member,
                     Unavailable(
                         f"{member.request.label}sequence {member.request.sequence_id} of model '{self._model}' has lost "
-                        "its state: a program that wrote states has failed on the device; start it again"
+                        "its state with a program that failed on the device; start it again"
                     ),
                 )
 
@@ -221,64 +209,60 @@ class StateStore:
         """That sequence has ended."""
         with self._lock:
             self._lost.discard(generation)
-            for table in (self._owners, self._written):
+            for table in (self._owners, self._kept):
                 if generation in table:
                     table[table.index(generation)] = 0
 
     # In the device thread
 
-    def read(self, members: Sequence[Member], bucket: int) -> tuple[Arrays, Array]:
-        """The arrays, and for the rows of a bucket, from where their states come.
+    def take(self, members: Sequence[Member], bucket: int) -> Arrays:
+        """The states of these members, one row each.
 
-        As with other inputs, rows that no request fills and padding read what a real row reads.
+        As with other inputs, rows that no request fills and padding have what a real row has.
         """
-        rows = self._layout.initial_rows(bucket)
         real = next(member for member in members if member.ready)
-        sources = [self._source(member if member.ready else real) for member in members]
-        rows[0, : len(sources)] = sources
-        rows[0, len(sources) :] = sources[0]
-        return self._current(), rows
+        rows = [self._source(member if member.ready else real) for member in members]
+        rows += rows[:1] * (bucket - len(rows))
+        return self._layout.take(self._current(), np.array(rows, np.int32))
 
-    def write(
-        self,
-        program: Callable[[Arrays, Array], tuple[Any, Arrays]],
-        slots: Sequence[Slot],
-        *,
-        bucket: int,
-        reads: Sequence[Member] = (),
-    ) -> Any:
-        """Dispatch ``program``, which returns outputs and new arrays; returns the outputs.
+    def put(self, outputs: Mapping[str, Any], rows: Sequence[tuple[Member, Rows]], bucket: int) -> None:
+        """Keep the new states that a program has made for these members, of those who are there.
 
-        Args:
-          slots: whose states it writes.
-          reads: whose it reads; see :meth:`read`.
+        Raises:
+          JaxRuntimeError: the program has failed.
         """
-        arrays, rows = self.read(reads, bucket) if reads else (self._current(), self._layout.initial_rows(bucket))
-        written = []
-        for slot in slots:
-            state_slot = slot.member.request.state_slot
-            assert state_slot is not None
-            # What comes late is not written over what the slot's next owner has.
-            if self._owners[state_slot.index] == state_slot.generation:
-                rows[1, slot.rows] = state_slot.index
-                written.append(state_slot)
-        try:
-            outputs, self._arrays = program(arrays, rows)
-        except Exception:
-            if any(array.is_deleted() for array in arrays.values()):
-                self.lose()
-            raise
+        for output in self._layout.outputs(outputs):
+            output.block_until_ready()  # no wait: the program's other outputs are there
+        kept = []
+        beyond = self._layout.count + 1
+        target = np.arange(beyond, beyond + bucket, dtype=np.int32)
+        for member, where in rows:
+            slot = member.request.state_slot
+            assert slot is not None
+            # What comes late is not put where the slot's next owner has its own.
+            if member.live and self._owners[slot.index] == slot.generation:
+                target[where] = slot.index
+                kept.append(slot)
+        if not kept:
+            return
+        arrays = self._current()
+        with precision(self._layout.x64):
+            self._arrays = self._layout.put(arrays, outputs, target)
         with self._lock:
-            for state_slot in written:
-                self._written[state_slot.index] = state_slot.generation
-        return outputs
+            for slot in kept:
+                self._kept[slot.index] = slot.generation
 
-    def lose(self) -> None:
-        """A program that wrote into the arrays has failed, so all that they had is gone."""
-        with self._lock:
-            self._lost.update(filter(None, self._written))
-            self._written = [0] * self._layout.count
-        self._arrays = None
+    def check(self) -> None:
+        """After a program has failed: whatever it was that broke, sequences go on with their own states or not at all."""
+        arrays = self._arrays or {}
+        try:
+            for array in arrays.values():
+                array.block_until_ready()
+        except RuntimeError:  # computed from what failed, or donated to it
+            with self._lock:
+                self._lost.update(filter(None, self._kept))
+                self._kept = [0] * self._layout.count
+            self._arrays = None
 
     def _current(self) -> Arrays:
         if self._arrays is None:
@@ -288,4 +272,4 @@ class StateStore:
     def _source(self, member: Member) -> int:
         slot = member.request.state_slot
         assert slot is not None
-        return slot.index if self._written[slot.index] == slot.generation else self._layout.initial_row
+        return slot.index if self._kept[slot.index] == slot.generation else self._layout.count

@@ -9,7 +9,6 @@ server has seen is in the mask of the next program that is dispatched, and a ser
 from __future__ import annotations
 
 import threading
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,8 @@ from .accounts import share
 from .device import WINDOW, Turn
 from .job import DeviceJob
 from .programs import precision
-from .turns import Rows, Slot, place_inputs, row_numbers, stack_inputs, start_copy, to_host, to_response
+from .states import gather_inputs
+from .turns import Rows, Slot, place_inputs, row_numbers, start_copy, to_host, to_response
 
 if TYPE_CHECKING:
     from ...batch import Batch, Member
@@ -129,10 +129,8 @@ class StepPlan:
         joining = [slot for slot in slots if not slot.began]
         if not self._started:
             assert self.programs.init is not None
-            bucket = self.programs.bucket
-            inputs = stack_inputs(self.batch, self.placed.config, bucket, on_device=self.placed.states_on_device)
-            states = () if self.states is None else self.states.read(self.batch.members, bucket)
-            self._carry, self._flags = self.programs.init(params, inputs, *states)
+            inputs = gather_inputs(self.batch, self.placed, self.programs.bucket, self.states)
+            self._carry, self._flags = self.programs.init(params, inputs)
             self._started = True
         elif not other:
             turn.controller = self.programs.controller  # other chunks' time has init or the move in it
@@ -203,15 +201,10 @@ class StepPlan:
     def _dispatch_finish(self, turn: StepTurn, slots: list[Slot]) -> bool:
         turn.include(slots, self.programs.bucket)
         assert self.programs.finish is not None
-        if self.states is None:
-            turn.finished = self.programs.finish(self.placed.params, self._carry)
-        else:
-            program = partial(self.programs.finish, self.placed.params, self._carry)
-            turn.finished = self.states.write(program, slots, bucket=self.programs.bucket)
-            turn.wrote = self.states
+        turn.finished = self.programs.finish(self.placed.params, self._carry)
         for slot in slots:
             slot.finishing = True
-        start_copy(turn.finished)
+        start_copy(self.placed.shown(turn.finished))
         return True
 
 
@@ -220,6 +213,7 @@ class StepTurn(Turn):
 
     def __init__(self, plan: StepPlan) -> None:
         self._plan: StepPlan | None = plan
+        self._states = plan.states
         self.slots: list[Slot] = []
         self.rows: list[Rows] = []  #: of each slot, in this program; the slot may have moved when the turn is complete
         self.controller: ChunkController | None = None
@@ -228,7 +222,6 @@ class StepTurn(Turn):
         self.ended: Any = None
         self.emitted: Any = None
         self.finished: dict[str, Any] | None = None
-        self.wrote: StateStore | None = None
         #: For the Trio side:
         self.active: Array | None = None  #: bool [K, bucket], which rows made which step
         self.emissions: dict[str, Array] = {}  #: [K, bucket, ...]
@@ -259,7 +252,10 @@ class StepTurn(Turn):
         self.ended = self.emitted = self.finished = None
         try:
             if finished is not None:
-                self.outputs = to_host(finished)
+                self.outputs = to_host(plan.placed.shown(finished))
+                if plan.states is not None:
+                    members = [slot.member for slot in self.slots]
+                    plan.states.put(finished, list(zip(members, self.rows, strict=True)), self.width)
             else:
                 flags = np.asarray(ended)
                 if emitted is not None:
@@ -283,8 +279,8 @@ class StepTurn(Turn):
         return self.ended is None or bool(self.ended.is_ready())
 
     def failed(self) -> None:
-        if self.wrote is not None:
-            self.wrote.lose()
+        if self._states is not None:
+            self._states.check()
 
     def expect(self) -> float | None:
         return None if self.controller is None or self.joined else self.controller.expect(self.steps)

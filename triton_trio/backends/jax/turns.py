@@ -87,11 +87,18 @@ class Slot:
 
 
 def row_shapes(
-    batch: Batch, specs: tuple[TensorSpec, ...], *, batched: bool
+    batch: Batch, specs: tuple[TensorSpec, ...], on_device: Mapping[str, tuple[int, ...]], *, batched: bool
 ) -> tuple[tuple[str, tuple[int, ...]], ...]:
-    """The shape of a row of this batch, as the model's functions see it; all members have the same."""
+    """The shape of a row of this batch, as the model's functions see it; all members have the same.
+
+    Args:
+      on_device: the shapes of inputs that no member brings.
+    """
     inputs = batch.members[0].inputs
-    return tuple((spec.name, inputs[spec.name].shape[batched:]) for spec in specs)
+    return tuple(
+        (spec.name, on_device[spec.name] if spec.name in on_device else inputs[spec.name].shape[batched:])
+        for spec in specs
+    )
 
 
 def stack_inputs(
@@ -99,7 +106,8 @@ def stack_inputs(
 ) -> dict[str, Array]:
     """All members' rows, padded to the bucket; runs in the device thread, so that big batches do not stop the server.
 
-    Without the inputs that are ``on_device`` already.
+    Not those of inputs that are ``on_device`` already.
+
     Padding repeats a real row, and so do rows that no request fills, except for the control inputs: made-up zeros could
     keep a ``while_loop`` in the model from ever ending.
     """
