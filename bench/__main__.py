@@ -16,6 +16,9 @@ NAMES = {
     "schedulers": "(e) what scheduling costs, without a network",
     "checkpoints": "(f) what checkpoints cost and buy, on an emulated device",
     "worker": "(g) a JAX model in a worker process, against one in the server",
+    "generation": "(h) tokens a second: in flight, one at a time, llama.cpp",
+    "first_token": "(i) the first token behind long prompts that were cancelled",
+    "leaving": "(j) what readers who walk away cost those who stay",
 }
 
 
