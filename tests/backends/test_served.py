@@ -110,21 +110,23 @@ async def test_a_stream_of_steps_is_left_early(tmp_path: Path) -> None:
             assert rest == [1, 2, 3]
 
 
-async def test_b5_a_device_that_hangs_quarantines_its_instance(tmp_path: Path) -> None:
-    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, max_batch_size=1, ladder=2)
+async def test_b5_a_device_that_hangs_quarantines_its_instances_of_every_model(tmp_path: Path) -> None:
+    for name in "mn":
+        write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, name=name, max_batch_size=1, ladder=2)
     gate = DeviceGate()
     with trio.fail_after(30):
         async with triton_trio.open_server(
             tmp_path, backends={"jax": lambda: JaxBackend(executor=gate.executor)}, release_limit=0.05
         ) as server:
-            model = server.model("m")
+            model, idle = server.model("m"), server.model("n")
             async with trio.open_nursery() as client:
                 client.start_soon(model.infer, countdown(6))
                 await gate.wait_dispatched(2)
                 client.cancel_scope.cancel()  # the client goes at once, the device never comes back
-            await until(lambda: not model.ready)
-            with pytest.raises(Unavailable, match="no instance left: device cpu:0 was given up"):
-                await model.infer(countdown(6))
+            await until(lambda: not model.ready and not idle.ready)
+            for each in (model, idle):
+                with pytest.raises(Unavailable, match="no instance left: device cpu:0 was given up"):
+                    await each.infer(countdown(6))
         gate.open()
 
 

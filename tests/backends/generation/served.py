@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterator, Sequence
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import tokenizers
 import trio
+import trio.testing
 
 import triton_trio
 from triton_trio.backends.jax import DeviceStatistics, JaxBackend
-from triton_trio.backends.jax.generation.engine import EngineStatistics
+from triton_trio.backends.jax.device import Turn
+from triton_trio.backends.jax.generation import SlotSpec
+from triton_trio.backends.jax.generation.engine import EngineStatistics, SlotTurn
 from triton_trio.instance import InstanceState
 from triton_trio.request import InferenceRequest
 from triton_trio.scheduled_model import ScheduledModel
@@ -22,8 +27,8 @@ from triton_trio.testing import assert_quiescent
 from triton_trio.testing.device import DeviceGate
 
 from ..world import until
-from .test_weights import MODEL, write_directory
-from .tiny import prompt
+from .test_weights import MODEL, TENSORS, write_directory
+from .tiny import Machine, params_of, prompt
 
 SLOTS = 3
 CHUNK = 16
@@ -60,6 +65,60 @@ def asks(ids: Sequence[int], **settings: Any) -> dict[str, np.ndarray]:
 def drawn(number: int, length: int = 20, tokens: int = 30) -> dict[str, np.ndarray]:
     """A request of its own kind: every second one draws its tokens."""
     return asks(prompt(number, length), max_tokens=tokens, ignore_eos=True, temperature=float(number % 2), seed=number)
+
+
+@cache
+def machine() -> Machine:
+    """The same programs, without requests."""
+    spec = SlotSpec(MODEL, SLOTS, CONTEXT, (7, 11), block=CONTEXT)
+    return Machine(spec, params_of(MODEL, TENSORS))
+
+
+@cache
+def alone(number: int, length: int = 20, tokens: int = 30) -> tuple[list[int], list[float]]:
+    """What ``drawn(number)`` gets when nobody else is there."""
+    return machine().text(
+        prompt(number, length),
+        chunk=CHUNK,
+        max_tokens=tokens,
+        min_tokens=tokens,
+        temperature=float(number % 2),
+        seed=number,
+    )
+
+
+class Watch(DeviceGate):
+    """A gate that knows for whom each program works, and that can be waited for while the event loop stands still."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        #: The owners of the slots that each program works for, in the order of their dispatch.
+        self.owners: list[tuple[int, ...]] = []
+        self._in_slot: dict[int, int] = {}
+        self._waits = 0
+        self._heard = threading.Condition()
+
+    def dispatch(self, turn: Turn) -> bool:
+        dispatched = super().dispatch(turn)
+        if dispatched and isinstance(turn, SlotTurn) and turn.program is not None:
+            self.owners.append(tuple(row.owner for row in turn.program.rows))
+            self._in_slot |= {row.slot: row.owner for row in turn.program.rows}
+        return dispatched
+
+    def owner_in(self, slot: int | None) -> int:
+        """For whom a program worked last there; 0 for nobody."""
+        return 0 if slot is None else self._in_slot.get(slot, 0)
+
+    def wait(self, turn: Turn) -> None:
+        with self._heard:
+            self._waits += 1
+            self._heard.notify_all()
+        super().wait(turn)
+
+    def block_until_waiting_for(self, program: int) -> None:
+        """Sync: until the device thread waits for the ``program``-th (from 1), and so has decided what comes behind."""
+        with self._heard:
+            assert self._heard.wait_for(lambda: self._waits >= program, timeout=10)
 
 
 class Text:
@@ -124,6 +183,12 @@ class Served:
             raise text.error
         return text
 
+    def slot_of(self, request: InferenceRequest) -> int | None:
+        """None if it has none."""
+        batches = enumerate(instance.batch for instance in self.model.instances)
+        members = ((slot, member) for slot, batch in batches if batch is not None for member in batch.members)
+        return next((slot for slot, member in members if member.request is request), None)
+
     @contextmanager
     def opened(self) -> Iterator[None]:
         """Whatever happens in the block, programs end afterwards: leaving waits for the device."""
@@ -148,6 +213,18 @@ class Served:
             await until(lambda ended=ended: self.engine.prefills + self.engine.decodes == ended)
             await self.gate.wait_dispatched(ended + 2)
 
+    async def run_until(self, condition: Callable[[], object]) -> None:
+        """Let programs end, one after the other, as long as needed; everybody has heard of the last one then."""
+        assert self.gate is not None
+        while not condition():
+            if self.gate.ended < self.gate.dispatched:
+                ended = self.gate.ended + 1
+                self.gate.let_end()
+                await until(lambda ended=ended: self.engine.prefills + self.engine.decodes >= ended)
+                await trio.testing.wait_all_tasks_blocked()
+            else:
+                await trio.lowlevel.checkpoint()
+
     async def stands_still(self) -> None:
         """Until the device has nothing to do."""
         await until(lambda: not self.device.jobs)
@@ -163,7 +240,7 @@ class Served:
 async def open_served(root: Path, *, gate: DeviceGate | None = None, **settings: Any) -> AsyncIterator[Served]:
     """The block ends within 60 seconds, and quiescent."""
     backend = JaxBackend(executor=gate.executor) if gate is not None else JaxBackend()
-    with trio.fail_after(15):
+    with trio.fail_after(60):
         async with triton_trio.open_server(root, backends={"jax": lambda: backend}, **settings) as server:
             served = Served(server, backend, gate)
             with served.opened():

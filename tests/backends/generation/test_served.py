@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 import jax
@@ -11,57 +9,15 @@ import numpy as np
 import pytest
 import trio
 import trio.testing
-from jax.experimental.compilation_cache import compilation_cache
 
 import triton_trio
-from triton_trio import Reason, RequestCancelled, Unavailable
-from triton_trio.backends.jax.generation import SlotSpec
+from triton_trio import Reason, RequestCancelled
 from triton_trio.errors import InternalError, InvalidArgument
 from triton_trio.testing import Victim, sweep
 from triton_trio.testing.device import DeviceGate
 
-from .served import CHUNK, CONTEXT, SLOTS, Text, asks, drawn, open_served, write_language_model
-from .test_weights import MODEL, TENSORS
-from .tiny import Machine, params_of, prompt
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Every test has a server of its own, and all of them the same programs."""
-    settings = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    compilation_cache.reset_cache()
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-
-
-@cache
-def machine() -> Machine:
-    """The same programs, without requests."""
-    spec = SlotSpec(MODEL, SLOTS, CONTEXT, (7, 11), block=CONTEXT)
-    return Machine(spec, params_of(MODEL, TENSORS))
-
-
-@cache
-def alone(number: int, length: int = 20, tokens: int = 30) -> tuple[list[int], list[float]]:
-    """What ``drawn(number)`` gets when nobody else is there."""
-    return machine().text(
-        prompt(number, length),
-        chunk=CHUNK,
-        max_tokens=tokens,
-        min_tokens=tokens,
-        temperature=float(number % 2),
-        seed=number,
-    )
-
+from .served import CONTEXT, SLOTS, Text, alone, asks, drawn, open_served, write_language_model
+from .tiny import prompt
 
 # Texts
 
@@ -316,22 +272,6 @@ async def test_c6_an_error_on_the_device_fails_the_texts_there_and_nobody_else(t
         for number in range(SLOTS, SLOTS + 2):
             assert texts[number].bits == alone(number)
         assert served.engine.resets == 1
-
-
-async def test_law_6_a_device_that_hangs_ends_every_text_and_quarantines_the_slot(tmp_path: Path) -> None:
-    write_language_model(tmp_path)
-    gate = DeviceGate()
-    async with open_served(tmp_path, gate=gate, release_limit=0.05) as served:
-        requests = [served.model.request(drawn(number)) for number in range(2)]
-        texts = [Text(), Text()]
-        async with trio.open_nursery() as readers:
-            await served.start(readers, *zip(requests, texts, strict=True))
-            await gate.wait_dispatched(2)
-            requests[0].cancel(Reason.ADMIN)
-        assert isinstance(texts[0].error, RequestCancelled)
-        assert isinstance(texts[1].error, Unavailable)
-        with pytest.raises(Unavailable, match="reload the model"):
-            await served.make(drawn(3))
 
 
 async def test_an_unload_ends_texts_and_the_model_comes_back(tmp_path: Path) -> None:
