@@ -111,12 +111,14 @@ async def test_law_16_device_seconds_of_those_who_left_come_across(tmp_path: Pat
         execution.call(account)
         await wait_all_tasks_blocked()
         assert member.released and member.steps_after_cancel == 4
+        members[0].steps_after_cancel = 6
         execution.finish()
         await b.ended.wait()
         await wait_all_tasks_blocked()
         counters = server.model("m").counters
         seconds = (counters.device_seconds_useful, counters.device_seconds_wasted, counters.device_seconds_saved)
         assert seconds == (2.0, 1.0, 3.0)
+        assert member.steps_after_cancel == 6
 
 
 async def test_an_error_in_the_worker_is_the_requests_error(tmp_path: Path, autojump_clock: MockClock) -> None:
@@ -271,9 +273,10 @@ async def test_law_1_requests_do_not_wait_in_an_instance_whose_worker_is_lost(
     async with workers(tmp_path, BATCHING, hosted) as (server, backend), calling(server.model("m")) as callers:
         go_on = trio.Event()
         hosted.on_open_model = lambda name: go_on.wait()
+        backend.child.lingers = 0.5
         backend.child.die(1)
         await wait_all_tasks_blocked()
-        a, b = [await callers.call(label, rows=1, timeout_us=0) for label in "ab"]
+        a, b = [await callers.call(label, rows=1, value=1) for label in "ab"]
         await trio.sleep(1)
         assert len(server.model("m").scheduler) == 2
         go_on.set()
@@ -518,6 +521,26 @@ async def test_an_unload_cancels_what_executes_and_closes_the_worker(
                 assert not backend.child.killed
                 assert (hosted.open_models, hosted.open_instances) == (0, 0)
         nursery.cancel_scope.cancel()
+
+
+async def test_an_unload_cancels_a_row_that_was_to_be_computed_to_its_end(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    more = 'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } }'
+    config = scripted_config(max_batch_size=4, sequences="oldest { max_candidate_sequences: 4 }", more=more)
+    hosted = ScriptedBackend()
+    async with workers(tmp_path, config, hosted, explicit=True, load_models=["m"]) as (server, backend):
+        async with calling(server.model("m")) as callers:
+            a = await callers.call("a", rows=1, sequence_id=5, sequence_start=True, sequence_end=True)
+            execution = await hosted.wait_execution()
+            a.leave()
+            await wait_all_tasks_blocked()
+            assert execution.cancelled_after is None
+            server.repository.stop()
+            await execution.ended.wait()
+            assert execution.cancelled_after == 0
+        await backend.child.wait()
+        assert not backend.child.killed
 
 
 async def test_law_12_a_worker_that_does_not_close_is_killed(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -28,6 +28,7 @@ class TaskChild:
         self.socket, self._theirs = socket.socketpair()
         self.pid = pid
         self.killed = False
+        self.lingers = 0.0  #: seconds from the end of the connection to that of the process
         self.connection = Connection(self._theirs)
         self._hosted = hosted
         self._code: int | None = None
@@ -61,6 +62,7 @@ class TaskChild:
 
     async def wait(self) -> int:
         await self._ended.wait()
+        await trio.sleep(self.lingers)
         assert self._code is not None
         return self._code
 

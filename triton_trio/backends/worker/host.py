@@ -61,14 +61,13 @@ class Host:
         self._model: BackendModel | None = None
         self._instances: dict[str, BackendInstance] = {}
         self._batches: dict[int, HostedBatch] = {}
-        self._ended = trio.lowlevel.ParkingLot()
         self._opening = trio.CancelScope()
         self._send_wanted, self._wanted = trio.open_memory_channel[OpenModel | OpenInstance](1)
 
     async def run(self) -> None:
-        """Serve until the server says so, or is gone.
+        """Serve until the server says so, which it does when no execution is left, or until it is gone.
 
-        **Cancellation:** executions are cancelled and their devices awaited, then model and instances are closed.
+        **Cancellation:** model and instances are closed.
         """
         async with trio.open_nursery() as nursery:
             # Owner of the three: this nursery; ended here, when everything is closed.
@@ -87,25 +86,17 @@ class Host:
 
     async def _serve(self, nursery: trio.Nursery) -> None:
         async with AsyncExitStack() as stack:
-            try:
-                async for wanted in self._wanted:
-                    try:
-                        opened = await self._open(stack, wanted, nursery)
-                    except TritonError as exc:
-                        self._connection.post(Refused(write_error(exc)))
-                    except Exception as exc:
-                        LOGGER.exception("opening failed")
-                        error = InternalError(f"{type(exc).__name__}: {exc}")
-                        self._connection.post(Refused(write_error(error)))
-                    else:
-                        self._connection.post(opened)
-            finally:
-                for batch in self._batches.values():
-                    batch.scope.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
-                # Shielded without a deadline of its own: the server kills what is not closed in time.
-                with trio.CancelScope(shield=True):
-                    while self._batches:
-                        await self._ended.park()
+            async for wanted in self._wanted:
+                try:
+                    opened = await self._open(stack, wanted, nursery)
+                except TritonError as exc:
+                    self._connection.post(Refused(write_error(exc)))
+                except Exception as exc:
+                    LOGGER.exception("opening failed")
+                    error = InternalError(f"{type(exc).__name__}: {exc}")
+                    self._connection.post(Refused(write_error(error)))
+                else:
+                    self._connection.post(opened)
 
     async def _open(self, stack: AsyncExitStack, wanted: OpenModel | OpenInstance, nursery: trio.Nursery) -> Message:
         if isinstance(wanted, OpenModel):
@@ -201,7 +192,6 @@ class Host:
         finally:
             del self._batches[number]
             batch.post_ended(error)
-            self._ended.unpark_all()
 
     def _end_sequence(self, instance: BackendInstance, end: EndSequence) -> None:
         reason = None if end.reason is None else Reason(end.reason)
@@ -216,4 +206,4 @@ class Host:
 
 def _on(config: ModelConfig) -> Iterable[tuple[str, int]]:
     """Where instances may be: kinds and devices."""
-    return dict.fromkeys((group.kind, device) for group in config.instance_groups for device in group.gpus or (0,))
+    return dict.fromkeys((group.kind, device) for group in config.instance_groups for device in group.devices)
