@@ -34,7 +34,7 @@ format: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check --fix .
 	$(VENV)/bin/ruff format .
 
-bench: $(VENV)/.installed-bench
+bench: $(VENV)/.installed-bench $(VENV)/.installed-weights
 	$(PY) -m bench $(ARGS)
 
 protos: $(VENV)/.installed-dev

@@ -19,6 +19,7 @@ NAMES = {
     "generation": "(h) tokens a second: in flight, one at a time, llama.cpp",
     "first_token": "(i) the first token behind long prompts that were cancelled",
     "leaving": "(j) what readers who walk away cost those who stay",
+    "soak": "(k) ten thousand generations with random cancels",
 }
 
 
