@@ -306,8 +306,8 @@ async def test_E3_a_cohort_is_counted_when_its_last_member_is_and_then_forgotten
     (c,) = batch.join(3)
     assert batch.retire(a) == ()
     assert batch.members == (a, b, c)
-    assert batch.retire(c) == (c,)
-    assert batch.retire(b) == (a, b)
+    assert batch.retire(c) == [c]
+    assert batch.retire(b) == [a, b]
     assert record.ended == [(3, ["c"]), (2, ["a", "b"])]
     assert batch.members == () and batch.rows == 0
     for member in (a, b, c):

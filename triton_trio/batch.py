@@ -4,6 +4,8 @@ A :class:`Batch` is formed synchronously, when an instance is in hand, from requ
 is the *place* of its requests: a cancelled request leaves through :meth:`Batch.leave` and nothing is raised in the
 execution.  The backend sees who has left at its own checkpoints (:attr:`Member.live`), stops spending device time on
 their rows, and says so with :meth:`Member.release`; survivors get bit for bit what they would have got.
+
+Where the backend has room, queued requests join it later (:meth:`Batch.join`), and are members like the others.
 """
 
 from __future__ import annotations
@@ -183,10 +185,14 @@ class Batch:
         cohort.unretired -= 1
         if cohort.unretired:
             return ()
-        ended = tuple(member for member in self.members if member.cohort is cohort)
-        self.members = tuple(member for member in self.members if member.cohort is not cohort)
-        for member in ended:
-            self._by_request.pop(member.request, None)
+        ended = [member for member in self.members if member.cohort is cohort]
+        if len(ended) == len(self.members):
+            self.members = ()
+            self._by_request.clear()
+        else:
+            self.members = tuple([member for member in self.members if member.cohort is not cohort])
+            for member in ended:
+                self._by_request.pop(member.request, None)
         self._on_ended(cohort, ended)
         return ended
 
