@@ -73,10 +73,12 @@ async def one_round(
             else:
                 await read(model, prompt, TOKENS, text, leave_after=after)
 
-    with trio.move_on_after(seconds):
-        async with trio.open_nursery() as nursery:
-            for _ in range(READERS):
-                nursery.start_soon(reader, name="reader")  # Owner: this nursery; ends with the round.
+    async with trio.open_nursery() as nursery:
+        for _ in range(READERS):
+            nursery.start_soon(reader, name="reader")  # Owner: this nursery; cancelled when the round has ended.
+        await trio.sleep(seconds)
+        after_round = engine(model).schedule  # before those who read now are cancelled with the round
+        nursery.cancel_scope.cancel(reason="the round has ended")
     # Without the first second, in which the slots fill, and what was read when the round had ended.
     start, stop = began + 1.0, began + seconds
     count = sum(start <= at < stop for text, _ in read_texts for at in text.at)
@@ -84,7 +86,6 @@ async def one_round(
     for text, stays in read_texts:
         if stays:
             tally.neighbours += [after - at for at, after in itertools.pairwise(text.at) if after - at > 1e-4]
-    after_round = engine(model).schedule
     tally.useful += after_round.useful_seconds - before.useful_seconds
     tally.wasted += after_round.wasted_seconds - before.wasted_seconds
     tally.tokens_read += sum(len(text.tokens) for text, _ in read_texts)
