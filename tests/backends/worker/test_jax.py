@@ -15,7 +15,11 @@ from triton_trio.backends.jax import JaxBackend
 from triton_trio.testing import assert_quiescent
 from triton_trio.testing.device import DeviceGate
 
-BATCHING = "dynamic_batching { max_queue_delay_microseconds: 50000 preferred_batch_size: 4 }"
+#: The kind, too, for otherwise a process is asked which devices there are.
+BATCHING = """
+dynamic_batching { max_queue_delay_microseconds: 50000 preferred_batch_size: 4 }
+instance_group [{ count: 1 kind: KIND_CPU }]
+"""
 
 
 async def test_law_7_survivors_in_a_worker_are_bit_equal_to_those_in_the_server(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
 import random
+import weakref
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -49,6 +51,33 @@ async def test_a_request_is_answered_and_its_time_counted(tmp_path: Path, autoju
         counters = server.model("m").counters
         assert counters.compute_infer.seconds == pytest.approx(5)
         assert (counters.device_seconds_useful, counters.device_seconds_wasted) == (4.5, 0)
+
+
+def refuse() -> None:
+    raise InvalidArgument("no")
+
+
+@pytest.mark.parametrize("end", ["finish", "fail"])
+async def test_law_14_tensors_are_free_when_their_execution_has_ended(
+    tmp_path: Path, autojump_clock: MockClock, end: str
+) -> None:
+    hosted = ScriptedBackend()
+    async with workers(tmp_path, BATCHING, hosted) as (server, _), calling(server.model("m")) as callers:
+        gc.disable()
+        try:
+            a, b = [await callers.call(label, rows=1) for label in "ab"]
+            execution = await hosted.wait_execution()
+            arrays = [weakref.ref(member.inputs["INPUT0"]) for member in execution.batch.members]
+            a.leave()
+            if end == "finish":
+                execution.finish()
+            else:
+                execution.call(refuse)  # not fail(), which keeps what it raises
+            await b.ended.wait()
+            await wait_all_tasks_blocked()
+            assert [array() is None for array in arrays] == [True, True]
+        finally:
+            gc.enable()
 
 
 async def test_law_7_who_leaves_a_batch_in_a_worker_disturbs_nobody(tmp_path: Path, autojump_clock: MockClock) -> None:

@@ -76,11 +76,17 @@ class HostedBatch(Batch):
                 requests.append(HostedRequest(inputs, part, model_name, version))
             else:
                 requests.append(NullRequest(inputs))
-        self._number = message.execution
+        number = self._number = message.execution
         self._connection = connection
-        super().__init__(requests, name=message.instance, decoupled=decoupled, on_released=self._post_released)
+        index = self._index = dict[int, int]()
+
+        def post_released(member: Member) -> None:
+            # Neither of the batch nor of its members: a cycle would keep all their tensors until the garbage is collected.
+            connection.post(Released(number, index[id(member)], member.steps_after_cancel))
+
+        super().__init__(requests, name=message.instance, decoupled=decoupled, on_released=post_released)
         self._by_index = self.members  # the backend may retire them before the end
-        self._index = {member: index for index, member in enumerate(self.members)}
+        index |= {id(member): position for position, member in enumerate(self.members)}
 
     # From the server
 
@@ -105,7 +111,7 @@ class HostedBatch(Batch):
     ) -> None:
         if not member.live:
             return
-        index = self._index[member]
+        index = self._index[id(member)]
         try:
             self._connection.post(Respond(self._number, index, final, dict(parameters or {}), (outputs,)))
         except TritonError as exc:
@@ -118,14 +124,14 @@ class HostedBatch(Batch):
 
     def finish(self, member: Member) -> None:
         if member.live:
-            self._connection.post(Finish(self._number, self._index[member]))
+            self._connection.post(Finish(self._number, self._index[id(member)]))
             self._serve(member)
 
     def reschedule(self, member: Member, states: Mapping[str, Array] | None = None) -> None:
         if not member.live:
             return
         try:
-            self._connection.post(Reschedule(self._number, self._index[member], (states,) if states else ()))
+            self._connection.post(Reschedule(self._number, self._index[id(member)], (states,) if states else ()))
         except TritonError as exc:
             self.fail(member, exc)
             return
@@ -133,14 +139,14 @@ class HostedBatch(Batch):
 
     def fail(self, member: Member, error: TritonError) -> None:
         if member.live:
-            self._connection.post(Fail(self._number, self._index[member], write_error(error)))
+            self._connection.post(Fail(self._number, self._index[id(member)], write_error(error)))
             self._serve(member)
 
-    def _post_released(self, member: Member) -> None:
-        self._connection.post(Released(self._number, self._index[member], member.steps_after_cancel))
-
     def post_ended(self, error: TritonError | None) -> None:
-        """The device is idle for this execution."""
+        """The device is idle for this execution; whoever is live gets ``error``."""
+        for member in self._by_index:
+            if member.live:
+                self._serve(member)
         now = trio.current_time()
         self._connection.post(
             Ended(
