@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,8 +18,10 @@ from triton_trio.errors import InternalError, InvalidArgument
 from triton_trio.testing import Victim, sweep
 from triton_trio.testing.device import DeviceGate
 
-from .served import CONTEXT, SLOTS, Text, alone, asks, drawn, open_served, write_language_model
-from .tiny import prompt
+from ..world import until
+from .served import CHUNK, CONTEXT, SLOTS, Text, Watch, alone, asks, drawn, machine, open_served, write_language_model
+from .test_weights import MODEL, TENSORS
+from .tiny import log_softmax, prompt, reference_logits
 
 # Texts
 
@@ -40,24 +44,88 @@ async def test_a_text_is_the_models_own_with_one_reader_or_many(tmp_path: Path) 
         assert schedule.prompt_tokens == 60 + sum(lengths.values())
 
 
-async def test_chunks_of_several_tokens_make_the_same_text(tmp_path: Path) -> None:
+async def test_chunks_of_several_tokens_make_the_same_text_and_only_when_nobody_waits(tmp_path: Path) -> None:
     write_language_model(tmp_path, ladder="1,4", target_chunk_ms=1000)
-    async with open_served(tmp_path) as served:
-        for number in (1, 2):
-            assert (await served.make(drawn(number))).bits == alone(number)
-        engine = served.engine
-        assert engine.steps > 2 * engine.decodes
+    gate = DeviceGate()
+    async with open_served(tmp_path, gate=gate) as served:
+        texts = {number: Text() for number in range(SLOTS + 1)}
+        async with trio.open_nursery() as readers:
+            await served.start(readers, *((served.model.request(drawn(n)), text) for n, text in texts.items()))
+            gate.open()
+        assert {number: text.bits for number, text in texts.items()} == {number: alone(number) for number in texts}
+        last = max(number for number, steps in enumerate(gate.steps) if not steps)  # piece of the one who had to wait
+        assert set(gate.steps[:last]) == {0, 1}
+        assert 4 in gate.steps[last:]
 
 
-async def test_a_text_that_is_not_streamed_comes_whole(tmp_path: Path) -> None:
-    write_language_model(tmp_path, "model_transaction_policy { decoupled: false }\n")
+@pytest.mark.parametrize("streamed", [True, False])
+async def test_greedy_texts_are_an_unbatched_references_in_a_full_batch_that_others_leave(
+    tmp_path: Path, streamed: bool
+) -> None:
+    write_language_model(tmp_path, "" if streamed else "model_transaction_policy { decoupled: false }\n")
+    lengths = {1: 1, 2: 16, 3: 17, 4: 60, 5: 20, 6: 33, 7: 40, 8: 5, 9: 25}
+    prompts = {number: prompt(number, length) for number, length in lengths.items()}
     async with open_served(tmp_path) as served:
-        ids, logs = alone(2)
-        response = await served.model.infer(served.model.request(drawn(2)))
-        assert response.outputs["token_id"].tolist() == ids
-        assert response.outputs["log_probability"].tolist() == logs
-        assert response.outputs["text_output"][0].decode() == " ".join(f"w{token}" for token in ids)
-        assert response.outputs["finish_reason"][0] == b"length"
+        requests = {number: served.model.request(asks(ids, max_tokens=25)) for number, ids in prompts.items()}
+        texts = {number: Text() for number in prompts}
+
+        async def read(number: int) -> None:
+            if streamed:
+                await served.read(requests[number], texts[number])
+                return
+            with suppress(RequestCancelled):
+                outputs = (await served.model.infer(requests[number])).outputs
+                texts[number].ids = outputs["token_id"].tolist()
+                texts[number].logs = outputs["log_probability"].tolist()
+                texts[number].text = outputs["text_output"][0].decode()
+                texts[number].finish_reason = outputs["finish_reason"][0].decode()
+
+        async with trio.open_nursery() as readers:
+            for number in prompts:
+                readers.start_soon(read, number)
+            for leaver in (2, 5, 7):  # executing, or still in the queue
+                await until(lambda leaver=leaver: served.engine.decodes > 3 * leaver)
+                requests[leaver].cancel(Reason.CLIENT_RESET)
+    for number in set(prompts) - {2, 5, 7}:
+        ids, logs, why = reference(prompts[number], 25)
+        assert (texts[number].ids, texts[number].finish_reason) == (ids, why)
+        assert texts[number].text == " ".join(f"w{token}" for token in ids)
+        np.testing.assert_allclose(texts[number].logs, logs, atol=5e-5)
+
+
+def reference(ids: list[int], most: int) -> tuple[list[int], list[float], str]:
+    """Greedy: the whole text through the whole model for each token, in float64."""
+    made: list[int] = []
+    logs: list[float] = []
+    while len(made) < most:
+        row = log_softmax(reference_logits(MODEL, TENSORS, ids + made)[-1])
+        made.append(int(row.argmax()))
+        logs.append(float(row.max()))
+        if made[-1] in (7, 11):
+            return made, logs, "stop"
+    return made, logs, "length"
+
+
+async def test_what_a_request_may_ask_for(tmp_path: Path) -> None:
+    """Each setting comes through to the program, with its own effect."""
+    write_language_model(tmp_path)
+    async with open_served(tmp_path) as served:
+
+        async def make(**settings: Any) -> tuple[list[int], list[float]]:
+            text = await served.make(asks(prompt(1, 9), **settings))
+            assert text.bits == machine().text(prompt(1, 9), chunk=CHUNK, **settings)
+            return text.bits
+
+        hot = {"temperature": 50.0, "max_tokens": 80}
+        ids, _ = await make(**hot, seed=1)
+        assert ids[-1] in (7, 11) and len(ids) < 80
+        assert (await make(**hot, seed=2))[0] != ids
+        later, _ = await make(**hot, seed=1, min_tokens=len(ids) + 5)
+        assert not {7, 11} & set(later[: len(ids) + 4])
+        greedy, _ = await make(max_tokens=10, min_tokens=10)
+        assert (await make(max_tokens=10, min_tokens=10, temperature=2.0, top_k=1, seed=3))[0] == greedy
+        assert (await make(max_tokens=10, min_tokens=10, temperature=2.0, top_p=0.01, seed=3))[0] == greedy
+        assert (await make(max_tokens=10, min_tokens=10, temperature=2.0, seed=3))[0] != greedy
 
 
 async def test_why_a_text_ends(tmp_path: Path) -> None:
@@ -113,51 +181,28 @@ async def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
 # Cancels
 
 
-@pytest.mark.parametrize("ended", [0, 1, 2, 5, 6, 12, 30])
-async def test_law_7_survivors_are_bit_equal_whenever_others_leave(tmp_path: Path, ended: int) -> None:
-    """Prompts of two pieces: the device is at the first piece, at the last, between two tokens, or at another prompt."""
+async def test_a_cancel_waits_for_two_programs_and_the_slot_goes_on(tmp_path: Path) -> None:
     write_language_model(tmp_path)
     gate = DeviceGate()
     async with open_served(tmp_path, gate=gate) as served:
-        requests = [served.model.request(drawn(number)) for number in range(6)]
+        requests = [served.model.request(drawn(number, 10, 60)) for number in range(SLOTS + 1)]
         texts = [Text() for _ in requests]
         async with trio.open_nursery() as readers:
             await served.start(readers, *zip(requests, texts, strict=True))
-            await gate.wait_dispatched(2)
-            await served.advance(ended)
-            requests[1].cancel(Reason.ADMIN)  # has a slot
-            requests[4].cancel(Reason.ADMIN)  # is in the queue
-            gate.open()
-        for number in (0, 2, 3, 5):
-            assert texts[number].bits == alone(number)
-        for number in (1, 4):
-            assert isinstance(texts[number].error, RequestCancelled)
-            assert texts[number].ids == alone(number)[0][: len(texts[number].ids)]
-        assert texts[4].ids == []
-
-
-async def test_a_cancel_waits_for_two_programs_and_the_slot_goes_on(tmp_path: Path) -> None:
-    write_language_model(tmp_path, slots=1)
-    gate = DeviceGate()
-    async with open_served(tmp_path, gate=gate) as served:
-        requests = [served.model.request(drawn(number, 10, 60)) for number in range(2)]
-        texts = [Text(), Text()]
-        async with trio.open_nursery() as readers:
-            readers.start_soon(served.read, requests[0], texts[0])
-            await gate.wait_dispatched(2)
-            await served.advance(10)
-            await served.start(readers, (requests[1], texts[1]))
-            requests[0].cancel(Reason.ADMIN)
+            await served.run_until(lambda: all(text.ids for text in texts[:SLOTS]))
+            dispatched = gate.ended + 2
+            await gate.wait_dispatched(dispatched)
+            for request in requests[:SLOTS]:
+                request.cancel(Reason.ADMIN)
             await trio.testing.wait_all_tasks_blocked()
             gate.let_end(2)
-            # The next program is the next owner's prompt.
-            await gate.wait_dispatched(13)
-            assert gate.steps[:13] == [0] + [1] * 11 + [0]
+            await gate.wait_dispatched(dispatched + 1)
+            assert gate.steps[dispatched] == 0  # the next program is the next owner's prompt
             gate.open()
-        assert isinstance(texts[0].error, RequestCancelled)
-        assert len(texts[1].ids) == 60
+        assert all(isinstance(text.error, RequestCancelled) for text in texts[:SLOTS])
+        assert texts[SLOTS].bits == alone(SLOTS, 10, 60)
         schedule = served.engine.schedule
-        assert (schedule.evictions, schedule.stale_tokens >= 2) == (1, True)
+        assert (schedule.evictions, schedule.stale_tokens >= SLOTS) == (SLOTS, True)
         assert schedule.wasted_seconds > 0
 
 
@@ -196,8 +241,25 @@ async def test_a_live_request_behind_ten_cancelled_prompts_is_next(tmp_path: Pat
         assert gate.steps == [0, 0, 0] + [1] * 29
 
 
+async def test_a_short_prompt_comes_before_the_rest_of_a_long_one(tmp_path: Path) -> None:
+    write_language_model(tmp_path)
+    watch = Watch()
+    async with open_served(tmp_path, gate=watch) as served:
+        long, short = Text(), Text()
+        async with trio.open_nursery() as readers:
+            await served.start(readers, (served.model.request(drawn(2, 90, 5)), long))
+            await watch.wait_dispatched(2)
+            await served.start(readers, (served.model.request(drawn(3, 9, 5)), short))
+            await served.run_until(lambda: short.ids)
+            # The two that were on the device when it came, its own, and one whose end had to be heard of.
+            assert watch.ended <= 4
+            assert not long.ids
+            watch.open()
+        assert (long.bits, short.bits) == (alone(2, 90, 5), alone(3, 9, 5))
+
+
 async def test_nothing_compiles_after_the_load(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    write_language_model(tmp_path, ladder="1,2", target_chunk_ms=1000)
+    write_language_model(tmp_path, ladder="1,4", target_chunk_ms=1000)
     async with open_served(tmp_path) as served:
         jax.config.update("jax_log_compiles", True)
         try:
@@ -237,20 +299,20 @@ async def test_law_7_a_cancel_at_every_scheduling_point(tmp_path: Path) -> None:
 
 
 async def test_b9_a_slow_reader_is_held_and_holds_nobody(tmp_path: Path) -> None:
-    write_language_model(tmp_path, context=128)
+    write_language_model(tmp_path)
     async with open_served(tmp_path) as served:
-        slow = served.model.request(drawn(2, 10, 110))
+        slow = served.model.request(drawn(2, 10, 90))
         async with served.model.open_responses(slow) as responses:
             first = await anext(responses)
             assert first.outputs["token_id"].tolist() == alone(2, 10)[0][:1]
-            text = await served.make(drawn(3, 10, 110))
-            assert len(text.ids) == 110
+            text = await served.make(drawn(3, 10, 90))
+            assert len(text.ids) == 90
             await served.stands_still()
             assert served.engine.schedule.held == 1
-            made = served.engine.schedule.tokens - 110
-            assert made < 80
+            made = served.engine.schedule.tokens - 90
+            assert made < 70
             rest = [response.outputs["token_id"].tolist() async for response in responses if response.outputs]
-        assert sum(map(len, rest)) == 109
+        assert sum(map(len, rest)) == 89
 
 
 # Errors
