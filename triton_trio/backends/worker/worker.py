@@ -203,6 +203,8 @@ class Worker:
                 self.availability.restore()
                 if task_status is not None:
                     task_status.started()
+                else:
+                    LOGGER.info("the %s is there again, as process %d", self.name, session.child.pid)
                 await trio.sleep_forever()
         finally:
             self._session = None
