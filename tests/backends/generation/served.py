@@ -46,6 +46,7 @@ def write_language_model(root: Path, config: str = "", **parameters: object) -> 
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.save(str(version / "tokenizer.json"))
     settings = {"model_format": "llama", "slots": SLOTS, "context": CONTEXT, "prefill_chunk": CHUNK, "ladder": 1}
+    settings |= {"warmup": "false"}
     text = 'name: "llm" backend: "jax"\n' + config
     for key, value in (settings | parameters).items():
         text += f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
@@ -110,9 +111,10 @@ class Watch(DeviceGate):
         return 0 if slot is None else self._in_slot.get(slot, 0)
 
     def wait(self, turn: Turn) -> None:
-        with self._heard:
-            self._waits += 1
-            self._heard.notify_all()
+        if isinstance(turn, SlotTurn):
+            with self._heard:
+                self._waits += 1
+                self._heard.notify_all()
         super().wait(turn)
 
     def block_until_waiting_for(self, program: int) -> None:

@@ -10,8 +10,12 @@
     llama.py sampling.py   the network; from logits to tokens
     slots.py               the state of all generations, and the two programs that move it on
     programs.py            compiled
+    schedule.py accounts.py who is in which slot and what the device does next; who pays for it
+    request.py text.py     what a request may ask for; stop strings
+    engine.py instance.py  a device's task, and a slot as an instance of the server
+    model.py options.py    loading
 
-Nothing here knows of requests, scopes or Trio: all is pure functions and plain data.
+The network and its programs are pure functions, the schedule decides synchronously; only the last two lines wait.
 """
 
 from .config import LlamaConfig as LlamaConfig
