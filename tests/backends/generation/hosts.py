@@ -86,8 +86,11 @@ class Host:
 
 
 class Hosts:
-    def __init__(self, leader: Host, followers: list[Host], link: Leader, engine: SlotEngine) -> None:
+    def __init__(
+        self, leader: Host, followers: list[Host], device: DeviceThread, link: Leader, engine: SlotEngine
+    ) -> None:
         self.leader = leader
+        self.device = device  #: the leader's
         self.followers = followers
         self.link = link
         self.engine = engine
@@ -150,7 +153,7 @@ async def open_hosts(
                     async with trio.open_nursery() as serving:
                         serving.start_soon(engine.run)
                         try:
-                            yield Hosts(leader, others, link, engine)
+                            yield Hosts(leader, others, device, link, engine)
                         finally:
                             for gate in gates.values():
                                 gate.open()  # leaving waits for the device

@@ -13,9 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_trio.backends.jax.generation.follower import follow
-from triton_trio.backends.jax.generation.leader import LAG
+from triton_trio.backends.jax.generation.leader import LAG, greet_followers
 from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
 from triton_trio.backends.jax.generation.schedule import Generation, Program, Settings, SlotSchedule
+from triton_trio.errors import Unavailable
 from triton_trio.testing.device import DeviceGate
 
 from ..world import until
@@ -103,6 +104,7 @@ def decode(number: int, steps: int = 1) -> bytes:
         (b"GET / HTTP/1.1\r\n", "came after record 0"),
         (PlanRecord(1, Kind.END).encode() + decode(2), "record 2 came after the end"),
     ],
+    ids=["gap", "again", "no such program", "no record", "after the end"],
 )
 def test_what_is_not_the_next_record_is_refused(data: bytes, says: str) -> None:
     with pytest.raises(PlanBroken, match=says):
@@ -115,6 +117,37 @@ def test_a_follower_of_another_plan_is_refused() -> None:
         PLAN.greeted(PlanFormat(SPEC, (CHUNK,), (1, 4)).hello(1))
     assert PLAN.greeted(b"GET / HTTP/1.1\r\n") is None
     assert PLAN.greeted(b"GET / HTTP/1.1".ljust(PlanFormat.HELLO_BYTES)) is None
+
+
+class Door(trio.abc.Listener[trio.abc.Stream]):
+    """Lets in whoever comes, with what they say first."""
+
+    def __init__(self, *words: bytes) -> None:
+        self.words = list(words)
+
+    async def accept(self) -> trio.abc.Stream:
+        if not self.words:
+            await trio.sleep_forever()
+        ours, theirs = trio.testing.memory_stream_pair()
+        await theirs.send_all(self.words.pop(0))
+        return ours
+
+    async def aclose(self) -> None: ...
+
+
+async def test_the_leader_waits_for_each_process_and_lets_nobody_else_in(
+    autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
+) -> None:
+    strangers = [b"GET / HTTP/1.1", PLAN.hello(7), b""]
+    found = await greet_followers(
+        Door(*strangers, PLAN.hello(2), PLAN.hello(2), PLAN.hello(1)), PLAN, [1, 2], within=60
+    )
+    assert sorted(found) == ["process 1", "process 2"]
+    assert len(caplog.records) == 4
+    with pytest.raises(Unavailable, match="no word from process 2, 3 within 60 s"):
+        await greet_followers(Door(PLAN.hello(1)), PLAN, [1, 2, 3], within=60)
+    with pytest.raises(PlanBroken, match="process 1 has another model"):
+        await greet_followers(Door(PlanFormat(SPEC, (CHUNK,), (1,)).hello(1)), PLAN, [1], within=60)
 
 
 # Hosts: each with a device, a state and delays of its own
@@ -190,6 +223,7 @@ async def test_a_lost_follower_ends_every_text_at_whatever_record_it_is_lost(rec
         late = Text()
         await hosts.write(3, late)
         assert "the connection to process 2 is lost" in late.error
+        await until(lambda: hosts.followers[0].error)
     # The other one has not been told that it was the end, for it was none.
     assert hosts.followers[0].error == "the connection to the leader is lost; start all processes again"
 
@@ -203,6 +237,8 @@ async def test_a_follower_that_hangs_is_given_up(mock_clock: trio.testing.MockCl
             mock_clock.jump(5)
         assert text.error.startswith("Unavailable: ")
         assert "process 1 did not end record 1 within 5 s" in text.error
+        # The device thread, which waited for it with the next record, waits no more.
+        await until(lambda: hosts.device.statistics().failures)
 
 
 async def test_a_program_that_fails_on_a_follower_ends_the_plan() -> None:
