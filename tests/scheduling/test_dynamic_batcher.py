@@ -6,10 +6,12 @@ import re
 from typing import Any
 
 import pytest
+import trio
 from hypothesis import given
 from hypothesis import strategies as st
+from trio.testing import MockClock, wait_all_tasks_blocked
 
-from tests.scheduling.requests import labels, make
+from tests.scheduling.requests import admitted, labels, make
 from triton_trio.request import InferenceRequest
 from triton_trio.scheduling import DefaultScheduler, DynamicBatcher, QueuePolicy, RequestQueue, Seat, TimeoutAction
 
@@ -155,6 +157,22 @@ def test_those_at_the_head_join(queue: str, options: dict[str, Any], rows: int, 
     if not everybody:
         assert labels(way_in.take_nowait(None, rows)) == joining
     assert len(scheduler) == len(queue.split()) - len(joining)
+
+
+async def test_a_request_that_comes_before_the_wait_for_one_ends_it(autojump_clock: MockClock) -> None:
+    scheduler = DynamicBatcher(RequestQueue(), max_batch_size=4)
+    way_in = scheduler.joining(Seat())
+    assert not way_in.take_nowait(None, 1)
+    scheduler.enqueue(admitted(make("a", rows=2)))
+    await way_in.wait_arrival()
+    assert not way_in.take_nowait(None, 1)
+    with trio.move_on_after(1):  # nothing new: it does not fit
+        await way_in.wait_arrival()
+        pytest.fail("nobody came")
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(way_in.wait_arrival)
+        await wait_all_tasks_blocked()
+        scheduler.enqueue(admitted(make("b")))
 
 
 class Counting(RequestQueue):

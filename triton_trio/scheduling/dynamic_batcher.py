@@ -47,7 +47,8 @@ class DynamicBatcher(QueueScheduler):
         self.preferred_sizes = frozenset(preferred_sizes or (max_batch_size,))
         self._max_preferred = max(self.preferred_sizes)
         self.max_queue_delay = max_queue_delay
-        self.changed = trio.lowlevel.ParkingLot()  #: executions that wait for somebody to join them
+        self.changes = 0  #: of the queue, that may let somebody join who could not before
+        self.changed = trio.lowlevel.ParkingLot()  #: executions that wait for the next one
         if preserve_ordering:
             self.order = ResponseOrder()
 
@@ -94,11 +95,16 @@ class DynamicBatcher(QueueScheduler):
 
     def enqueue(self, request: InferenceRequest) -> None:
         super().enqueue(request)
-        self.changed.unpark_all()
+        self._count_change()
 
     def _look_again(self) -> None:
         super()._look_again()
-        self.changed.unpark_all()
+        self._count_change()
+
+    def _count_change(self) -> None:
+        self.changes += 1
+        if self.changed:
+            self.changed.unpark_all()
 
     def _choose(self, now: float) -> tuple[Sequence[InferenceRequest], float]:
         # Take requests in order while they fit and have the same shape.  Then, in this order:

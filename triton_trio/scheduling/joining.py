@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import trio
+
 if TYPE_CHECKING:
     from ..request import InferenceRequest
     from .dynamic_batcher import DynamicBatcher
@@ -26,20 +28,24 @@ class Joining:
     def __init__(self, batcher: DynamicBatcher, seat: Seat) -> None:
         self._batcher = batcher
         self._seat = seat
+        self._seen = -1  #: changes of the queue, when it was last looked at
 
     def take_nowait(self, signature: object, rows: int, *, all_or_none: bool = False) -> Sequence[InferenceRequest]:
         """Requests for up to ``rows`` rows, of the execution's signature; they are in the queue no more.
 
         ``all_or_none``: see :meth:`~triton_trio.batch.Batch.join`.
         """
+        self._seen = self._batcher.changes
         permit = self._seat.permit
         if permit is not None and permit.wanted(besides=self._batcher.permits_in_line()):
             return ()
         return self._batcher.take_head(signature, rows, all_or_none=all_or_none)
 
     async def wait_arrival(self) -> None:
-        """Wait until the queue has changed, so that somebody may be able to join who could not before.
+        """Wait until the queue has changed since :meth:`take_nowait`: somebody may be able to join who could not before.
 
         **Cancellation:** only the wait ends.
         """
-        await self._batcher.changed.park()
+        await trio.lowlevel.checkpoint()
+        while self._seen == self._batcher.changes:
+            await self._batcher.changed.park()

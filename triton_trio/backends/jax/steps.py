@@ -88,7 +88,7 @@ class StepPlan:
             with self._lock:
                 free = self.programs.bucket - sum(slot.size for slot in self.slots if slot.member.live)
                 largest = self.programs.bucket == self.placed.options.buckets[-1]
-                joined = self.batch.join(free, all_or_none=not largest) if free else ()
+                joined = self.batch.join(free, all_or_none=not largest)
                 self.slots += tuple(Slot(member, joins=True) for member in joined)
             self.placed.joined += len(joined)
 
