@@ -14,8 +14,10 @@
     request.py text.py     what a request may ask for; stop strings
     engine.py instance.py  a device's task, and a slot as an instance of the server
     model.py options.py    loading
+    plan.py                several hosts: what one decides, written down for the others
+    leader.py follower.py hosts.py  who sends it, who replays it, where they meet
 
-The network and its programs are pure functions, the schedule decides synchronously; only the last two lines wait.
+The network and its programs are pure functions, schedule and plan decide synchronously; only engine, model and hosts wait.
 """
 
 from .config import LlamaConfig as LlamaConfig
