@@ -62,8 +62,8 @@ class Spy(ScriptedBackend):
     [
         ([], 0, ["m_0 CPU 0"]),
         ([], 2, ["m_0 GPU 0", "m_1 GPU 1"]),
-        (["count: 2"], 0, ["m_0_0 CPU 0", "m_0_1 CPU 0"]),
-        (["kind: KIND_CPU count: 2"], 1, ["m_0_0 CPU 0", "m_0_1 CPU 0"]),
+        (["count: 2"], 0, ["m_0_0 CPU 0", "m_0_1 CPU 1"]),
+        (["kind: KIND_CPU count: 2"], 1, ["m_0_0 CPU 0", "m_0_1 CPU 1"]),
         (["kind: KIND_GPU gpus: [0, 2] count: 2"], 3, ["m_0_0 GPU 0", "m_0_1 GPU 0", "m_0_2 GPU 2", "m_0_3 GPU 2"]),
         (["gpus: 1"], 2, ["m_0_0 GPU 1"]),
         (["kind: KIND_MODEL"], 2, ["m_0_0 MODEL 0"]),
@@ -108,7 +108,7 @@ async def test_with_a_strict_config_too(serve: Serve) -> None:
         ("gpu", "KIND_AUTO", (1,), ("KIND_GPU", (1,))),
         ("gpu", "KIND_GPU", (), ("KIND_GPU", (0, 1))),
         ("gpu", "KIND_CPU", (), ("KIND_CPU", ())),
-        ("tpu", "KIND_AUTO", (), ("KIND_AUTO", ())),
+        ("tpu", "KIND_AUTO", (), ("KIND_MODEL", ())),
         ("cpu", "KIND_GPU", (), ("KIND_GPU", ())),  # refused when it is opened, with the devices there are
     ],
 )

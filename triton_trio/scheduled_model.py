@@ -168,7 +168,8 @@ class ScheduledModel(Model):
     def _register(self, stack: AsyncExitStack, placement: Placement, group: InstanceGroup) -> Permit | None:
         if self._limiter is None or group.passive:
             return None
-        return stack.enter_context(self._limiter.register(placement.name, placement.device, group.rate_limiter))
+        device = placement.device if group.gpus else 0
+        return stack.enter_context(self._limiter.register(placement.name, device, group.rate_limiter))
 
     def _placements(self) -> list[tuple[Placement, InstanceGroup]]:
         if all(group.passive for group in self.config.instance_groups):
@@ -178,8 +179,7 @@ class ScheduledModel(Model):
         return [
             (Placement(name=f"{group.name or self.name}_{index}", kind=group.kind, device=device), group)
             for group in self.config.instance_groups
-            # `count` is for each listed GPU; without a list, for the one device there is.
-            for index, device in enumerate(device for device in group.gpus or (0,) for _ in range(group.count))
+            for index, device in enumerate(group.devices)
         ]
 
     async def _wait_unneeded(self) -> None:

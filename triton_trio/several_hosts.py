@@ -25,7 +25,7 @@ from . import cli
 from .backends.jax.generation.engine import SlotPrograms
 from .backends.jax.generation.follower import connect, follow
 from .backends.jax.generation.hosts import MEETING, Hosts, join, plan_of
-from .backends.jax.generation.model import load_programs
+from .backends.jax.generation.loading import Loader
 from .backends.jax.generation.options import TextOptions
 from .backends.jax.generation.weights import open_checkpoint
 from .config import load_model_config
@@ -57,7 +57,7 @@ async def _follow(hosts: Hosts, directory: Path) -> None:
     config = await trio.to_thread.run_sync(load_model_config, directory.parent)
     options = TextOptions.read(config)
     checkpoint = await trio.to_thread.run_sync(open_checkpoint, options.find_weights(directory))
-    programs = await load_programs(checkpoint, options, jax.devices(), SlotPrograms)
+    programs = await Loader(config.name, checkpoint, options, jax.devices()).load(SlotPrograms)
     plan = plan_of(programs)
     async with await connect(hosts.host, hosts.port, plan, hosts.process, within=MEETING) as stream:
         await follow(stream, plan, programs)

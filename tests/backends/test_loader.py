@@ -14,8 +14,8 @@ import trio
 
 from triton_trio.backends import Placement
 from triton_trio.backends.jax import JaxBackend, JaxOptions, short_switch_interval
-from triton_trio.backends.jax.backend import find_device
 from triton_trio.backends.jax.checks import callback_problem
+from triton_trio.backends.jax.devices import find_devices
 from triton_trio.backends.jax.job import DeviceJob
 from triton_trio.backends.jax.options import default_buckets
 from triton_trio.backends.jax.placed import PlacedModel
@@ -402,8 +402,8 @@ async def test_no_such_device(tmp_path: Path) -> None:
                 pass
     if jax.default_backend() == "cpu":
         with pytest.raises(InvalidArgument, match="wants KIND_GPU, and JAX has no gpu here"):
-            find_device("m", Placement("m_0", "KIND_GPU", 0))
-    assert find_device("m", CPU).platform == "cpu"
+            find_devices("m", Placement("m_0", "KIND_GPU", 0))
+    assert [device.platform for device in find_devices("m", CPU)] == ["cpu"]
 
 
 async def test_python_threads_switch_sooner_while_a_device_thread_runs(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ class Placement:
 
     name: str  #: ``<group>_<index>``, as Triton names instances; with several lanes ``<group>_<index>_<lane>``
     kind: str  #: as :meth:`Backend.place` left it
-    device: int  #: index among the devices of that kind
+    device: int  #: as listed in ``gpus``; where none are, which of the group's instances it is
 
 
 class BackendInstance(ABC):

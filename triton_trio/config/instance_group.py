@@ -36,6 +36,11 @@ class InstanceGroup:
     host_policy: str = ""
     profile: tuple[str, ...] = ()
 
+    @property
+    def devices(self) -> tuple[int, ...]:
+        """For each instance, the device that ``gpus`` has for it; without a list, its own number."""
+        return tuple(gpu for gpu in self.gpus for _ in range(self.count)) or tuple(range(self.count))
+
     @classmethod
     def read(cls, message: Any) -> InstanceGroup:
         """From a ``ModelInstanceGroup``."""

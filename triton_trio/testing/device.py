@@ -24,7 +24,6 @@ from typing import TYPE_CHECKING, Any
 import trio
 
 from ..backends.jax.device import Executor
-from ..backends.jax.probe import Probe
 
 if TYPE_CHECKING:
     from ..backends.jax.device import Turn
@@ -107,7 +106,7 @@ class DeviceGate(Executor):
     def dispatch(self, turn: Turn) -> bool:
         if not turn.dispatch():
             return False
-        if isinstance(turn, Probe):
+        if turn.at_load:
             return True
         self.dispatched += 1
         self.steps.append(turn.steps)
@@ -115,7 +114,7 @@ class DeviceGate(Executor):
         return True
 
     def wait(self, turn: Turn) -> None:
-        if isinstance(turn, Probe):
+        if turn.at_load:
             turn.wait()
             return
         if not self._opened:

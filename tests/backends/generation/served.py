@@ -228,14 +228,18 @@ class Served:
                 await trio.lowlevel.checkpoint()
 
     async def stands_still(self) -> None:
-        """Until the device has nothing to do."""
-        await until(lambda: not self.device.jobs)
+        """Until no device has anything to do."""
+        await until(lambda: not self._at_work)
+
+    @property
+    def _at_work(self) -> bool:
+        return any(device.jobs for device in self.backend.statistics())
 
     async def idle(self) -> None:
         """Until every slot that is left waits for a request, and the device too."""
         model = self.model
         able = [instance for instance in model.instances if instance.state is not InstanceState.QUARANTINED]
-        await until(lambda: model.scheduler.idle_instances == len(able) and not self.device.jobs)
+        await until(lambda: model.scheduler.idle_instances == len(able) and not self._at_work)
 
 
 @asynccontextmanager

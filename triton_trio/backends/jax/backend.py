@@ -9,9 +9,8 @@ With the parameter ``worker_process: "true"`` all of it is in a process of its o
 from __future__ import annotations
 
 import subprocess
-import sys
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -20,15 +19,16 @@ from typing import TYPE_CHECKING
 import jax
 import trio
 
-from ...errors import InvalidArgument
 from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from ..worker import launch, open_worker_model
 from ..worker.process import python, worker_environment
 from .apply import execute_apply
 from .checks import check_config
-from .device import DeviceState, DeviceStatistics, DeviceThread, Executor
+from .device import DeviceStatistics, Executor
+from .devices import Devices, find_devices, find_platform
 from .explicit import FunctionCache, execute_explicit, warm_up
 from .generation.model import LlamaModel, is_language_model, open_language_model
+from .generation.options import TextOptions
 from .generation.request import complete
 from .loader import Form, ModelFunctions, find_functions, imported
 from .options import JaxOptions, wants_worker
@@ -44,59 +44,6 @@ if TYPE_CHECKING:
 
 #: Of a worker process: it shares its devices with others, so it must not take all their memory when it begins.
 WORKER_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-
-#: Seconds a Python thread may keep the GIL while a device thread waits for it; Python's own default is ten times that.
-SWITCH_INTERVAL = 5e-4
-
-
-@contextmanager
-def short_switch_interval(seconds: float = SWITCH_INTERVAL) -> Iterator[None]:
-    """Make Python threads give up the GIL sooner.  Process-wide; what was set before is set again.
-
-    With Python's 5 ms, an event loop that never rests delays each dispatch of the device thread by up to 5 ms, more
-    than a whole chunk takes.
-    """
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(min(before, seconds))
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
-
-
-class Devices:
-    """The device threads of one backend: started with a device's first user, ended with its last."""
-
-    def __init__(self, executor: Callable[[str], Executor]) -> None:
-        self._executor = executor
-        self._threads: dict[jax.Device, tuple[DeviceThread, list[object]]] = {}
-        self._settings = ExitStack()
-
-    def statistics(self) -> tuple[DeviceStatistics, ...]:
-        return tuple(thread.statistics() for thread, _ in self._threads.values())
-
-    @contextmanager
-    def use(self, device: jax.Device) -> Iterator[DeviceThread]:
-        """The thread of ``device``; a dead one is replaced."""
-        if not self._threads:
-            self._settings.enter_context(short_switch_interval())
-        entry = self._threads.get(device)
-        if entry is None or entry[0].state is DeviceState.DEAD:
-            name = f"{device.platform}:{device.id}"
-            entry = self._threads[device] = (DeviceThread(name, executor=self._executor(name)), [])
-        thread, users = entry
-        user = object()
-        users.append(user)
-        try:
-            yield thread
-        finally:
-            users.remove(user)
-            if not users:
-                thread.close()
-                if self._threads.get(device) is entry:
-                    del self._threads[device]
-            if not self._threads:
-                self._settings.close()
 
 
 class JaxInstance(BackendInstance):
@@ -151,8 +98,8 @@ class JaxModel(BackendModel):
 
         **Cancellation:** see :meth:`PlacedModel.load`.
         """
-        device = await trio.to_thread.run_sync(find_device, self._context.config.name, placement)
-        with self._devices.use(device) as thread:
+        (device,) = await trio.to_thread.run_sync(find_devices, self._context.config.name, placement)
+        with self._devices.use([device]) as thread:
             entry = self._placed.get(device)
             if entry is None:
                 placed = PlacedModel(self._context, self._functions, self._options, device, thread)
@@ -201,20 +148,24 @@ class JaxBackend(Backend):
         return complete(config) if is_language_model(config) else config
 
     def place(self, group: InstanceGroup, config: ModelConfig) -> InstanceGroup:
-        """On every GPU that JAX has, or else on the CPU; with another platform as default, that stays JAX's choice."""
+        """On every GPU that JAX has, or else on the CPU; with another platform as default, on that (``KIND_MODEL``).
+
+        GPUs that share a language model are listed by the first of them.
+        """
         if group.kind != "KIND_AUTO" and (group.kind != "KIND_GPU" or group.gpus):
             return group
         platform, count = self._found_by_a_worker if wants_worker(config) else find_platform()
-        if group.kind == "KIND_AUTO" and platform in ("cpu", "gpu"):
-            group = replace(group, kind=f"KIND_{platform.upper()}")
+        if group.kind == "KIND_AUTO" and (platform in ("cpu", "gpu") or not group.gpus):
+            group = replace(group, kind={"cpu": "KIND_CPU", "gpu": "KIND_GPU"}.get(platform, "KIND_MODEL"))
         if group.kind == "KIND_GPU" and not group.gpus and platform == "gpu":
-            group = replace(group, gpus=tuple(range(count)))
+            shared = TextOptions.read(config).devices if is_language_model(config) else 1
+            group = replace(group, gpus=tuple(range(0, count - shared + 1, shared)) or (0,))
         return group
 
     @cached_property
     def _found_by_a_worker(self) -> tuple[str, int]:
         """As :func:`find_platform`, which would take the devices, and their memory, into this process for ever."""
-        command = python("-c", f"from {__name__} import find_platform; print(*find_platform())")
+        command = python("-c", f"from {find_platform.__module__} import find_platform; print(*find_platform())")
         environment = worker_environment(WORKER_ENVIRONMENT)
         found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
         platform, count = found.stdout.split()[-2:]
@@ -233,7 +184,7 @@ class JaxBackend(Backend):
                 yield worker_model
             return
         if is_language_model(config):
-            async with open_language_model(context, find_device=find_device, use=self._devices.use) as language_model:
+            async with open_language_model(context, use=self._devices.use) as language_model:
                 yield language_model
             return
         check_config(config)
@@ -249,29 +200,3 @@ class JaxBackend(Backend):
 def in_worker() -> JaxBackend:
     """The backend of a worker process."""
     return JaxBackend(workers=False)
-
-
-def find_platform() -> tuple[str, int]:
-    """JAX's default platform, and how many devices it has.  Blocking: the first call starts JAX's backends."""
-    platform = jax.default_backend()
-    return platform, len(jax.local_devices(backend=platform))
-
-
-def find_device(model_name: str, placement: Placement) -> jax.Device:
-    """The JAX device of a placement.  Blocking: the first call starts JAX's backends."""
-    platform = {"KIND_CPU": "cpu", "KIND_GPU": "gpu"}.get(placement.kind)
-    try:
-        devices = jax.local_devices(backend=platform)
-    except RuntimeError as exc:
-        raise InvalidArgument(
-            f"model '{model_name}': instance {placement.name} wants {placement.kind}, and JAX has no {platform} here "
-            f"({exc}); it has {sorted({device.platform for device in jax.devices()})}"
-        ) from None
-    if platform == "cpu":
-        return devices[0]
-    if placement.device >= len(devices):
-        raise InvalidArgument(
-            f"model '{model_name}': instance {placement.name} wants device {placement.device}, JAX has {len(devices)}: "
-            + ", ".join(map(str, devices))
-        )
-    return devices[placement.device]

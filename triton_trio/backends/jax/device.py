@@ -91,6 +91,8 @@ class Turn(ABC):
 
     #: The submitter gets the turn back when it is done on the device; else already when it is dispatched.
     reply_when_done = True
+    #: It is for nobody's request: a model is tried.
+    at_load = False
     #: What the submitter wants to hear of this turn, and every turn behind it, is already known: drop those.
     last = False
     steps = 0  #: steps it makes; known when it is dispatched

@@ -93,12 +93,14 @@ class JaxOptions:
                     f"model '{config.name}': parameter {name} in config.pbtxt must be {what}, got '{text}'"
                 ) from None
 
-        max_steps: int | None = parameter("max_steps", _count, "a number of steps, 1 or more", None)
-        ladder = parameter("ladder", _counts, "chunk sizes such as '1,2,4,8'", DEFAULT_LADDER)
+        max_steps: int | None = parameter("max_steps", parse_count, "a number of steps, 1 or more", None)
+        ladder = parameter("ladder", parse_counts, "chunk sizes such as '1,2,4,8'", DEFAULT_LADDER)
         if max_steps is not None:
             # A chunk that is longer than any row lives is never picked.
             ladder = tuple(k for k in ladder if k <= max_steps) or (max_steps,)
-        buckets = parameter("buckets", _counts, "batch sizes such as '2,4,8'", default_buckets(config.max_batch_size))
+        buckets = parameter(
+            "buckets", parse_counts, "batch sizes such as '2,4,8'", default_buckets(config.max_batch_size)
+        )
         largest = max(config.max_batch_size, 1)
         if buckets[-1] != largest:
             raise InvalidArgument(
@@ -107,18 +109,18 @@ class JaxOptions:
             )
         wide = any(spec.datatype in _X64 for spec in (*config.inputs, *config.outputs))
         return cls(
-            target=parameter("target_chunk_ms", _milliseconds, "a positive number of milliseconds", 2e-3),
-            late_enqueue=parameter("late_enqueue", _flag, "'true' or 'false'", False),
+            target=parameter("target_chunk_ms", parse_milliseconds, "a positive number of milliseconds", 2e-3),
+            late_enqueue=parameter("late_enqueue", parse_flag, "'true' or 'false'", False),
             max_steps=max_steps,
             ladder=ladder,
             buckets=buckets,
-            compact_to=parameter("compact_to", _count, "a batch size, 1 or more", 2),
-            join=parameter("join", _flag, "'true' or 'false'", True) and config.dynamic_batching is not None,
-            shapes=parameter("shapes", _count, "a number of shapes, 1 or more", 16),
-            warmup=parameter("warmup", _flag, "'true' or 'false'", True),
-            memory_limit=parameter("device_memory_limit_mb", _mebibytes, "a positive number of MiB", None),
-            state_on_device=parameter("state_on_device", _flag, "'true' or 'false'", True),
-            x64=parameter("x64", _flag, "'true' or 'false'", wide),
+            compact_to=parameter("compact_to", parse_count, "a batch size, 1 or more", 2),
+            join=parameter("join", parse_flag, "'true' or 'false'", True) and config.dynamic_batching is not None,
+            shapes=parameter("shapes", parse_count, "a number of shapes, 1 or more", 16),
+            warmup=parameter("warmup", parse_flag, "'true' or 'false'", True),
+            memory_limit=parameter("device_memory_limit_mb", parse_mebibytes, "a positive number of MiB", None),
+            state_on_device=parameter("state_on_device", parse_flag, "'true' or 'false'", True),
+            x64=parameter("x64", parse_flag, "'true' or 'false'", wide),
         )
 
     def bucket(self, rows: int) -> int:
@@ -138,7 +140,7 @@ def wants_worker(config: ModelConfig) -> bool:
     """The parameter ``worker_process``; raises :exc:`InvalidArgument` if it makes no sense."""
     text = config.parameters.get("worker_process", "false")
     try:
-        return _flag(text)
+        return parse_flag(text)
     except ValueError:
         raise InvalidArgument(
             f"model '{config.name}': parameter worker_process in config.pbtxt must be 'true' or 'false', got '{text}'"
@@ -152,32 +154,32 @@ def default_buckets(max_batch_size: int) -> tuple[int, ...]:
     return (*(power for power in powers if power < largest), largest)
 
 
-def _count(text: str) -> int:
+def parse_count(text: str) -> int:
     value = int(text)
     if value < 1:
         raise ValueError(text)
     return value
 
 
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part) for part in text.split(",")}))
+def parse_counts(text: str) -> tuple[int, ...]:
+    return tuple(sorted({parse_count(part) for part in text.split(",")}))
 
 
-def _milliseconds(text: str) -> float:
+def parse_milliseconds(text: str) -> float:
     value = float(text) / 1e3
     if not 0 < value < float("inf"):
         raise ValueError(text)
     return value
 
 
-def _mebibytes(text: str) -> float | None:
+def parse_mebibytes(text: str) -> float | None:
     value = float(text) * MIB
     if not 0 < value < float("inf"):
         raise ValueError(text)
     return value
 
 
-def _flag(text: str) -> bool:
+def parse_flag(text: str) -> bool:
     value = text.lower()
     if value not in ("true", "false"):
         raise ValueError(text)

@@ -25,6 +25,8 @@ ENOUGH = 1.0
 class Probe(Turn):
     """One chunk, the first one with ``init`` before it."""
 
+    at_load = True
+
     def __init__(self, placed: PlacedModel, programs: ProgramSet, inputs: dict[str, Any], state: Any, k: int) -> None:
         self._placed = placed
         self._programs = programs

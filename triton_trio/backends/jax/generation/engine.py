@@ -14,7 +14,7 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -30,6 +30,9 @@ from .llama import Params
 from .programs import Compiled, LlamaPrograms
 from .schedule import Generation, Program, Reader, ScheduleStatistics, Settings, SlotSchedule, Token
 from .slots import Emitted, SlotState
+
+if TYPE_CHECKING:
+    from .loading import LoadStatistics
 
 #: Turns that may be out: two on the device, and one in line so that its thread need not wait for Trio.
 CREDITS = WINDOW + 1
@@ -51,6 +54,7 @@ class EngineStatistics:
     step_ms: float | None  #: device time of one; None until measured
     resets: int  #: how often an error on the device took every text there
     compiles: int  #: all of them before the model was ready: programs are compiled ahead, and none can compile again
+    load: LoadStatistics | None  #: None: it was not loaded from files
 
 
 class SlotPrograms:
@@ -62,6 +66,7 @@ class SlotPrograms:
         self.spec = programs.spec
         self.prefill = prefill
         self.decode = decode
+        self.load: LoadStatistics | None = None
         self.state: SlotState | None = None
         self._params: Params | None = params
         self._programs = programs
@@ -75,6 +80,11 @@ class SlotPrograms:
         else:
             self.state, emitted = self.decode[program.steps](self._params, state, program.evict, program.hold)
         return emitted  # type: ignore[no-any-return]
+
+    def renew(self) -> None:
+        """Every slot is free, as at the start.  Blocking."""
+        self.state = None
+        self.state = self._programs.state()
 
     def unload(self) -> None:
         self.state = self._params = None
@@ -166,6 +176,7 @@ class SlotEngine:
             step_ms=None if step is None else step * 1e3,
             resets=self._resets,
             compiles=len(self.programs.prefill) + len(self.programs.decode),
+            load=self.programs.load,
         )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractContextManager, asynccontextmanager
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import jax
 import trio
@@ -14,24 +14,21 @@ from ....groups import WithoutGroups
 from ...base import BackendModel, ModelContext
 from ...base import Placement as InstancePlacement
 from ..controller import ChunkController
-from ..device import DeviceThread
+from ..device import LOGGER, DeviceThread
+from ..devices import device_name, find_devices
 from .engine import EngineStatistics, SlotEngine, SlotPrograms
 from .hosts import lead
 from .instance import TextInstance
 from .leader import LeadingPrograms
+from .loading import Loader, log_load, warm_up
 from .options import TextOptions
-from .placement import Placement
-from .programs import Compiled, LlamaPrograms, slot_spec
 from .request import check
 from .schedule import SlotSchedule
-from .tokenizer import Tokenizer
-from .weights import Checkpoint, load_params, open_checkpoint
+from .tokenizer import NoTokenizer, Tokenizer
+from .weights import Checkpoint, open_checkpoint
 
 if TYPE_CHECKING:
     from ....config import ModelConfig
-    from .llama import Params
-
-Programs = TypeVar("Programs", bound=SlotPrograms)
 
 
 def is_language_model(config: ModelConfig) -> bool:
@@ -59,8 +56,7 @@ class LlamaModel(BackendModel):
     """One loaded version; each device it is placed on has its own parameters, programs and slots.
 
     Args:
-      find_device: of a placement; blocking.
-      use: the thread of a device, for as long as the block lasts.
+      use: the thread of some devices, for as long as the block lasts.
     """
 
     def __init__(
@@ -70,14 +66,12 @@ class LlamaModel(BackendModel):
         checkpoint: Checkpoint,
         tokenizer: Tokenizer,
         *,
-        find_device: Callable[[str, InstancePlacement], jax.Device],
-        use: Callable[[jax.Device], AbstractContextManager[DeviceThread]],
+        use: Callable[[Sequence[jax.Device]], AbstractContextManager[DeviceThread]],
     ) -> None:
         self._context = context
         self._options = options
         self._checkpoint = checkpoint
         self._tokenizer = tokenizer
-        self._find_device = find_device
         self._use = use
         self._loaded: dict[jax.Device, LoadedModel] = {}
 
@@ -92,20 +86,23 @@ class LlamaModel(BackendModel):
     async def open_instance(self, placement: InstancePlacement) -> AsyncIterator[TextInstance]:
         """The first slot on a device loads the parameters, compiles, and starts the engine; with it all of that ends.
 
-        **Cancellation:** between two tensors while weights are loaded, and between two compilations.
+        **Cancellation:** between two tensors while weights are loaded, between two compilations, and between two programs of
+        the first run; nothing is left on the devices.
         """
-        device = await trio.to_thread.run_sync(self._find_device, self._context.config.name, placement)
+        options, name = self._options, self._context.config.name
+        devices = await trio.to_thread.run_sync(find_devices, name, placement, options.devices)
+        device = devices[0]
         loaded = self._loaded.get(device)
         if loaded is not None:
             yield self._instance(loaded, device)
             return
-        options = self._options
-        devices = await trio.to_thread.run_sync(find_mesh, self._context.config.name, device, options.devices)
         several = any(each.process_index != device.process_index for each in devices)
-        # A mesh is used from its first device's thread: all that is over several devices has one order on them.
-        with WithoutGroups(nurseries=1), self._use(device) as thread:
+        with WithoutGroups(nurseries=1), self._use(devices) as thread:
             kind = LeadingPrograms if several else SlotPrograms
-            programs = await load_programs(self._checkpoint, options, devices, kind)
+            programs = await Loader(name, self._checkpoint, options, devices).load(kind)
+            if options.warmup and not several:
+                await warm_up(name, programs, thread, options.target)
+            log_load(name, programs)
             loaded = self._loaded[device] = LoadedModel(self._tokenizer, programs)
             try:
                 async with lead(programs, thread.abandon), trio.open_nursery() as nursery:
@@ -124,8 +121,8 @@ class LlamaModel(BackendModel):
         slot, loaded.instances = loaded.instances, loaded.instances + 1
         if slot >= self._options.slots:
             raise InvalidArgument(
-                f"model '{self._context.config.name}': its slots on {device} are all of one instance; leave count at 1, "
-                "and let the parameter slots say how many texts are made side by side"
+                f"model '{self._context.config.name}': all slots on {device_name(device)} are taken by one instance; leave count "
+                "at 1 where there are no more devices, and let the parameter slots say how many texts are made side by side"
             )
         return TextInstance(loaded.engine, slot, loaded.tokenizer)
 
@@ -139,72 +136,15 @@ class LlamaModel(BackendModel):
             SlotSchedule(loaded.programs.spec, tuple(loaded.programs.prefill)),
             ChunkController(self._options.target, self._options.ladder),
             waiting=self._context.waiting,
+            late=self._options.late_enqueue,
         )
-
-
-def find_mesh(model_name: str, first: jax.Device, count: int) -> list[jax.Device]:
-    """So many devices, ``first`` among them: this process's own, or all that all processes have.  Blocking.
-
-    Raises:
-      InvalidArgument: there are not so many.
-    """
-    if count == 1:
-        return [first]
-    here, all_of_them = jax.local_devices(backend=first.platform), jax.devices(first.platform)
-    if first != here[0]:
-        raise InvalidArgument(
-            f"model '{model_name}': the {count} devices that share it are counted from the first, but an instance is "
-            "placed on another; give its instance_group count 1 and gpus: [ 0 ]"
-        )
-    if count > len(here) and count != len(all_of_them):
-        there = f", {len(all_of_them)} in all processes together" if len(all_of_them) > len(here) else ""
-        raise InvalidArgument(
-            f"model '{model_name}': tensor_parallel in config.pbtxt is {count}; JAX has {len(here)} {first.platform} "
-            f"devices here{there}"
-        )
-    return here[:count] if count <= len(here) else all_of_them
-
-
-async def load_programs(
-    checkpoint: Checkpoint, options: TextOptions, devices: Sequence[jax.Device], kind: type[Programs]
-) -> Programs:
-    """Parameters on the devices, and everything compiled.
-
-    **Cancellation:** between two tensors, and between two compilations.
-    """
-    placement = Placement.on(devices)
-    spec = slot_spec(
-        checkpoint.config,
-        placement,
-        slots=options.slots,
-        context=min(options.context, checkpoint.config.context),
-        end_tokens=checkpoint.end_tokens,
-        dtype=options.activations(),
-    )
-
-    def load() -> tuple[LlamaPrograms, Params]:
-        between = trio.from_thread.check_cancelled
-        params = load_params(checkpoint, placement, dtype=spec.dtype, int8=options.int8, between=between)
-        return LlamaPrograms(spec, placement, params), params
-
-    programs, params = await trio.to_thread.run_sync(load)
-    prefill: dict[int, Compiled] = {}
-    for length in sorted({min(length, spec.context) for length in options.prefill}):
-        prefill[length] = await trio.to_thread.run_sync(programs.prefill, length)
-        await trio.lowlevel.checkpoint()
-    decode: dict[int, Compiled] = {}
-    for steps in options.ladder:
-        decode[steps] = await trio.to_thread.run_sync(programs.decode, steps)
-        await trio.lowlevel.checkpoint()
-    return kind(programs, params, prefill, decode)
 
 
 @asynccontextmanager
 async def open_language_model(
     context: ModelContext,
     *,
-    find_device: Callable[[str, InstancePlacement], jax.Device],
-    use: Callable[[jax.Device], AbstractContextManager[DeviceThread]],
+    use: Callable[[Sequence[jax.Device]], AbstractContextManager[DeviceThread]],
 ) -> AsyncIterator[LlamaModel]:
     """Open the files; instances do the rest.
 
@@ -222,4 +162,7 @@ async def open_language_model(
         return checkpoint, checkpoint.tokenizer()
 
     checkpoint, tokenizer = await trio.to_thread.run_sync(read)
-    yield LlamaModel(context, options, checkpoint, tokenizer, find_device=find_device, use=use)
+    await trio.lowlevel.checkpoint()
+    if isinstance(tokenizer, NoTokenizer):
+        LOGGER.warning("model '%s': %s: it serves input_ids only", context.config.name, tokenizer.missing)
+    yield LlamaModel(context, options, checkpoint, tokenizer, use=use)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, TypeVar
 import jax.numpy as jnp
 
 from ....errors import InvalidArgument
+from ..options import parse_count, parse_counts, parse_flag, parse_mebibytes, parse_milliseconds
 from .weights import find_weights
 
 if TYPE_CHECKING:
@@ -40,9 +41,19 @@ class TextOptions:
         tokens that are made for each text in one program, ``1,2,4,8`` by default.
     ``target_chunk_ms``
         device time of such a program, 20 by default: more than one token only where they fit.
+    ``late_enqueue``
+        ``true``: the next program is decided on just before the running one ends.  A cancel, and a prompt that comes, then wait
+        for one program instead of two; the device may run dry for a moment where times vary.
     ``tensor_parallel``
-        devices that share the model, each with its part of every matrix and of the cache, 1 by default; they are counted from
-        the first.  Where there are several processes, all of their devices are one model's: see :mod:`.hosts`.
+        devices that share the model, each with its part of every matrix and of the cache, 1 by default: the GPU that ``gpus``
+        lists and those behind it, or with KIND_CPU the first ones for the first instance, those behind for the next.  Where
+        there are several processes, all of their devices are one model's: see :mod:`.hosts`.
+    ``device_memory_limit_mb``
+        MiB on each device that parameters, the KV cache of all slots and one program may take; what needs more is refused at
+        load, with the figures.  No limit by default.
+    ``warmup``
+        ``false``: do not run the programs when the model is loaded.  By default each is run once, and how long a cancel waits
+        is logged: one token at least.  Never where there are several processes.
     ``dtype``
         ``float32`` (default on a CPU), ``bfloat16`` (elsewhere), or ``int8``: matrices as int8.
     """
@@ -53,7 +64,10 @@ class TextOptions:
     prefill: tuple[int, ...]
     ladder: tuple[int, ...]
     target: float  #: seconds
+    late_enqueue: bool
     devices: int
+    memory_limit: float | None  #: bytes
+    warmup: bool
     dtype: str | None
 
     @classmethod
@@ -73,12 +87,15 @@ class TextOptions:
 
         return cls(
             weights=config.parameters.get("weights"),
-            slots=parameter("slots", _count, "a number of slots, 1 or more", 4),
-            context=parameter("context", _count, "a number of tokens, 1 or more", 1024),
-            prefill=parameter("prefill_chunk", _counts, "numbers of tokens such as '16,64'", (16, 64)),
+            slots=parameter("slots", parse_count, "a number of slots, 1 or more", 4),
+            context=parameter("context", parse_count, "a number of tokens, 1 or more", 1024),
+            prefill=parameter("prefill_chunk", parse_counts, "numbers of tokens such as '16,64'", (16, 64)),
             ladder=parameter("ladder", _counts_from_1, "numbers of tokens such as '1,2,4,8', with 1", (1, 2, 4, 8)),
-            target=parameter("target_chunk_ms", _milliseconds, "a positive number of milliseconds", 20e-3),
-            devices=parameter("tensor_parallel", _count, "a number of devices, 1 or more", 1),
+            target=parameter("target_chunk_ms", parse_milliseconds, "a positive number of milliseconds", 20e-3),
+            late_enqueue=parameter("late_enqueue", parse_flag, "'true' or 'false'", False),
+            devices=parameter("tensor_parallel", parse_count, "a number of devices, 1 or more", 1),
+            memory_limit=parameter("device_memory_limit_mb", parse_mebibytes, "a positive number of MiB", None),
+            warmup=parameter("warmup", parse_flag, "'true' or 'false'", True),
             dtype=parameter("dtype", _dtype, f"one of {', '.join(_DTYPES)}", None),
         )
 
@@ -98,29 +115,11 @@ class TextOptions:
         return None if self.dtype is None else _DTYPES[self.dtype]
 
 
-def _count(text: str) -> int:
-    count = int(text)
-    if count < 1:
-        raise ValueError
-    return count
-
-
-def _counts(text: str) -> tuple[int, ...]:
-    return tuple(sorted({_count(part) for part in text.split(",")}))
-
-
 def _counts_from_1(text: str) -> tuple[int, ...]:
-    counts = _counts(text)
+    counts = parse_counts(text)
     if counts[0] != 1:
         raise ValueError
     return counts
-
-
-def _milliseconds(text: str) -> float:
-    seconds = float(text) / 1e3
-    if not 0 < seconds < float("inf"):
-        raise ValueError
-    return seconds
 
 
 def _dtype(text: str) -> str:

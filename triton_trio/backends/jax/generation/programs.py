@@ -26,6 +26,7 @@ class ProgramMemory:
 
     arguments: int  #: parameters and state
     aliased: int  #: of them, what is updated in place: the state
+    outputs: int  #: beside the state
     temporary: int  #: beyond these, while it runs
     code: int
 
@@ -35,6 +36,7 @@ class ProgramMemory:
         return cls(
             arguments=found.argument_size_in_bytes,
             aliased=found.alias_size_in_bytes,
+            outputs=max(found.output_size_in_bytes - found.alias_size_in_bytes, 0),
             temporary=found.temp_size_in_bytes,
             code=found.generated_code_size_in_bytes,
         )
@@ -74,7 +76,7 @@ class LlamaPrograms:
         self._params = jax.tree.map(lambda leaf: self._aval(leaf, leaf.sharding), params)
         state = jax.eval_shape(partial(empty_state, spec))
         self._state_shardings = placement.state(state)
-        self._state = jax.tree.map(self._aval, state, self._state_shardings)
+        self.state_avals = jax.tree.map(self._aval, state, self._state_shardings)  #: with shardings
         whole: Any = placement.whole()
         self._emitted = Emitted(whole, whole, whole, whole)
         self._empty = jax.jit(partial(empty_state, spec), out_shardings=self._state_shardings).lower().compile()
@@ -106,7 +108,7 @@ class LlamaPrograms:
     def _compile(self, function: Callable[..., Any], *inputs: Any) -> Compiled:
         # Pinned output shardings: with others than the input's, the state could not be donated to the next program.
         jitted = jax.jit(function, donate_argnums=1, out_shardings=(self._state_shardings, self._emitted))
-        compiled: Compiled = jitted.lower(self._params, self._state, *inputs).compile()
+        compiled: Compiled = jitted.lower(self._params, self.state_avals, *inputs).compile()
         return compiled
 
     def _whole(self, size: int, dtype: Any) -> Any:

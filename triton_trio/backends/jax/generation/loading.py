@@ -1,0 +1,283 @@
+"""From files to a model that can begin: parameters, compiled programs, room for both, and one run of everything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import jax
+import numpy as np
+import trio
+
+from ....errors import InternalError, InvalidArgument
+from ..compilation_cache import CACHE_HITS
+from ..device import LOGGER, WINDOW, DeviceThread, Turn
+from ..devices import device_name
+from ..job import DeviceJob
+from ..memory import MIB, failure_text
+from .engine import SlotPrograms
+from .placement import Placement
+from .programs import Compiled, LlamaPrograms, ProgramMemory, slot_spec
+from .schedule import Program
+from .slots import PromptChunk
+from .weights import load_params
+
+if TYPE_CHECKING:
+    from .options import TextOptions
+    from .weights import Checkpoint
+
+Programs = TypeVar("Programs", bound=SlotPrograms)
+
+#: Times that a step is measured.  The quickest counts: a machine can be too busy, but not too quick.
+TRIES = 3
+
+
+@dataclass(frozen=True, slots=True)
+class LoadStatistics:
+    """What a language model takes, and how long a cancel waits.  Bytes are those on each device, if several share the model."""
+
+    devices: tuple[str, ...]
+    params_bytes: int
+    cache_bytes: int  #: keys and values of all slots, and what else is kept of them: as long as the model is loaded
+    temporary_bytes: int  #: the most that a program takes besides, while it runs
+    compiles: int
+    compiles_cached: int  #: of these, how many the compilation cache already had
+    #: Device time of one token for every slot: a cancel that finds the device at work waits for one, there is no less.
+    #: None, as what follows, if ``warmup`` is false or devices of other processes share the model.
+    step_ms: float | None = None
+    prefill_ms: float | None = None  #: of the longest piece of a prompt
+    cancel_ms: float | None = None  #: the longest that a cancel waits for the device: two programs
+
+
+class Loader:
+    """Makes the programs of one model on one set of devices."""
+
+    def __init__(self, model: str, checkpoint: Checkpoint, options: TextOptions, devices: Sequence[jax.Device]) -> None:
+        self._name = f"model '{model}'"
+        self._checkpoint = checkpoint
+        self._options = options
+        self._devices = tuple(map(device_name, devices))
+        self._placement = Placement.on(devices)
+        self._spec = slot_spec(
+            checkpoint.config,
+            self._placement,
+            slots=options.slots,
+            context=min(options.context, checkpoint.config.context),
+            end_tokens=checkpoint.end_tokens,
+            dtype=options.activations(),
+        )
+        self._params_bytes = self._state_bytes = self._temporary = 0
+        self._compiles = self._cached = 0
+        self._warned = False
+
+    async def load(self, kind: type[Programs]) -> Programs:
+        """Parameters on the devices, and everything compiled.
+
+        Raises:
+          InvalidArgument: a file is wrong, or all of that does not fit.
+
+        **Cancellation:** between two tensors, and between two compilations.
+        """
+        programs, params = await trio.to_thread.run_sync(self._load_params)
+        self._state_bytes = bytes_on_each(programs.state_avals)
+        self._params_bytes = bytes_on_each(params)
+        self._check_memory("")
+        prefill: dict[int, Compiled] = {}
+        decode: dict[int, Compiled] = {}
+        for length in sorted({min(length, self._spec.context) for length in self._options.prefill}):
+            prefill[length] = await self._compile(programs.prefill, length, f"a piece of {length} tokens")
+        for steps in self._options.ladder:
+            decode[steps] = await self._compile(programs.decode, steps, f"a program of {steps} token(s)")
+        made = kind(programs, params, prefill, decode)
+        made.load = self.statistics()
+        return made
+
+    def statistics(self) -> LoadStatistics:
+        return LoadStatistics(
+            self._devices, self._params_bytes, self._state_bytes, self._temporary, self._compiles, self._cached
+        )
+
+    def _load_params(self) -> tuple[LlamaPrograms, Any]:
+        between, options = trio.from_thread.check_cancelled, self._options
+        try:
+            params = load_params(
+                self._checkpoint, self._placement, dtype=self._spec.dtype, int8=options.int8, between=between
+            )
+            jax.block_until_ready(params)  # type: ignore[no-untyped-call]
+        except jax.errors.JaxRuntimeError as exc:
+            raise InvalidArgument(
+                f"its parameters do not fit: {failure_text(self._name, self._devices[0], str(exc))}"
+            ) from None
+        with CACHE_HITS.counted() as hits:
+            programs = LlamaPrograms(self._spec, self._placement, params)
+        self._count(hits.count)
+        return programs, params
+
+    async def _compile(self, make: Callable[[int], Compiled], size: int, what: str) -> Compiled:
+        def compiled() -> tuple[Compiled, int]:
+            with CACHE_HITS.counted() as hits:
+                return make(size), hits.count
+
+        program, cached = await trio.to_thread.run_sync(compiled)
+        self._count(cached)
+        memory = ProgramMemory.of(program)
+        self._temporary = max(self._temporary, memory.temporary + memory.outputs)
+        self._check_memory(f" while {what} is made")
+        if memory.aliased < self._state_bytes and not self._warned:
+            self._warned = True
+            LOGGER.warning(
+                "%s: %s: only %d of the %d bytes of KV cache and slots are updated in place, the others are copied each time; "
+                "on a CPU it needs jax 0.9.2",
+                self._name,
+                what,
+                memory.aliased,
+                self._state_bytes,
+            )
+        await trio.lowlevel.checkpoint()
+        return program
+
+    def _count(self, cached: int) -> None:
+        self._compiles += 1
+        self._cached += cached
+
+    def _check_memory(self, when: str) -> None:
+        limit, spec = self._options.memory_limit, self._spec
+        needed = self._params_bytes + self._state_bytes + self._temporary
+        if limit is None or needed <= limit:
+            return
+        raise InvalidArgument(
+            f"{self._name} needs {needed / MIB:.1f} MiB on {' and on '.join(self._devices)}, more than "
+            f"device_memory_limit_mb={limit / MIB:g}: {self._params_bytes / MIB:.1f} MiB of parameters, "
+            f"{self._state_bytes / MIB:.1f} of KV cache for {spec.slots} slots of {spec.context} tokens"
+            + (f", and {self._temporary / MIB:.1f}{when}" if when else "")
+            + "; set fewer slots, a shorter context, dtype int8 or more devices in tensor_parallel, or raise the limit"
+        )
+
+
+def bytes_on_each(tree: Any) -> int:
+    """Of arrays that have shardings, abstract or not: the part of one device."""
+    leaves = jax.tree.leaves(tree)
+    return sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves)
+
+
+class FirstRun(Turn):
+    """One program that is tried."""
+
+    at_load = True
+
+    def __init__(self, programs: SlotPrograms, program: Program) -> None:
+        self._programs = programs
+        self._program = program
+        self._emitted: Any = None
+
+    def dispatch(self) -> bool:
+        self._emitted = self._programs.run(self._program)
+        return True
+
+    def wait(self) -> None:
+        jax.tree.map(np.asarray, self._emitted)
+
+    def ready(self) -> bool:
+        return all(leaf.is_ready() for leaf in jax.tree.leaves(self._emitted))
+
+
+async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) -> tuple[float, float]:
+    """Run every program once, and the one of one token some times more; the slots are as new afterwards.
+
+    Returns:
+      Device seconds of one token for every slot, and of the longest piece of a prompt.
+
+    Raises:
+      InvalidArgument: a program failed: there is not enough memory, most of the time.
+
+    **Cancellation:** between two programs, when the device is idle for this.
+    """
+    spec = programs.spec
+    longest, step = math.inf, math.inf
+
+    async def run(program: Program) -> float:
+        turn = FirstRun(programs, program)
+        async with DeviceJob(device, f"model '{model}'") as job:
+            await job.call(turn)
+        return turn.seconds
+
+    def piece(length: int, slot: int) -> Program:
+        ids = np.zeros(length, np.int32)
+        # A text that ends with its first token leaves its slot free; the last ones keep theirs, for the steps that follow.
+        last = length == min(programs.prefill)
+        tokens = spec.context if last else 1
+        return Program(
+            (),
+            length=length,
+            chunk=PromptChunk(slot=slot, tokens=ids, owner=slot + 1, max_tokens=tokens, min_tokens=tokens),
+        )
+
+    nobody = np.zeros(spec.slots, np.int32), np.zeros(spec.slots, np.bool_)
+
+    def steps(count: int) -> Program:
+        return Program((), steps=count, evict=nobody[0], hold=nobody[1])
+
+    try:
+        for length in sorted(programs.prefill, reverse=True):
+            tries = [await run(piece(length, slot)) for slot in range(spec.slots)]
+            if length == max(programs.prefill):
+                longest = min(tries)
+        for count in sorted(programs.decode, reverse=True):
+            step = min([await run(steps(count)) for _ in range(TRIES if count == 1 else 1)])
+    except InternalError as exc:
+        raise InvalidArgument(f"{exc.message}; that was in the first run, at load") from None
+    await trio.to_thread.run_sync(programs.renew)
+    return step, longest
+
+
+async def warm_up(model: str, programs: SlotPrograms, device: DeviceThread, target: float) -> None:
+    """Run every program, and publish how long a cancel waits.
+
+    Args:
+      target: seconds that a program may take, if one token fits.
+
+    Raises, **Cancellation:** see :func:`run_first`.
+    """
+    assert programs.load is not None
+    step, longest = await run_first(model, programs, device)
+    bound = WINDOW * max(step, longest, target)
+    programs.load = replace(programs.load, step_ms=step * 1e3, prefill_ms=longest * 1e3, cancel_ms=bound * 1e3)
+    if step > target:
+        LOGGER.warning(
+            "model '%s': one token for %d slot(s) takes %.1f ms, more than target_chunk_ms=%g: a cancel waits for no less, "
+            "and for up to %.1f ms; set fewer slots or a smaller dtype, or raise the target",
+            model,
+            programs.spec.slots,
+            step * 1e3,
+            target * 1e3,
+            bound * 1e3,
+        )
+
+
+def log_load(model: str, programs: SlotPrograms) -> None:
+    """One line that says what it takes and what it gives."""
+    load, spec = programs.load, programs.spec
+    assert load is not None
+    times = "how long a cancel waits was not measured"
+    if load.step_ms is not None:
+        times = (
+            f"one token takes {load.step_ms:.1f} ms and the longest piece of a prompt {load.prefill_ms:.1f} ms: a cancel waits "
+            f"for one token at least, for {load.cancel_ms:.1f} ms at most"
+        )
+    LOGGER.info(
+        "model '%s' on %s: %d slots of %d tokens; %.1f MiB of parameters, %.1f of KV cache, at most %.1f for a program%s; "
+        "%d programs compiled, %d of them found in the compilation cache; %s",
+        model,
+        ", ".join(load.devices),
+        spec.slots,
+        spec.context,
+        load.params_bytes / MIB,
+        load.cache_bytes / MIB,
+        load.temporary_bytes / MIB,
+        " on each of them" if len(load.devices) > 1 else "",
+        load.compiles,
+        load.compiles_cached,
+        times,
+    )
