@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,7 +81,7 @@ FORMS = pytest.mark.parametrize(
     ids=["apply", "apply-host", "steps", "steps-host", "explicit"],
 )
 #: Few programs, for what does not depend on their number.
-FEW = {"buckets": 4, "ladder": "1,4", "warmup": "false"}
+FEW: dict[str, Any] = {"buckets": 4, "ladder": "1,4", "warmup": "false"}
 
 
 def sum_config(more: str = "") -> str:

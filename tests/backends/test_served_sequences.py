@@ -61,8 +61,8 @@ def sums(sequence: int, *values: int) -> list[int]:
 async def test_sequences_side_by_side_have_a_state_each(
     tmp_path: Path, strategy: str, code: str, on_device: str
 ) -> None:
-    few = {"buckets": "2,4", "ladder": "1,4", "state_on_device": on_device}
-    write_model(tmp_path, code, sum_config(strategy + IDLE), max_batch_size=4, **few)
+    config = sum_config(strategy + IDLE)
+    write_model(tmp_path, code, config, max_batch_size=4, buckets="2,4", ladder="1,4", state_on_device=on_device)
     played: dict[int, list[int]] = {}
     async with serve(tmp_path) as server:
         model = server.model("m")

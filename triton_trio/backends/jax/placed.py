@@ -332,7 +332,9 @@ class PlacedModel:
                 f"{memory.outputs / MIB:.1f} of outputs, {memory.temporary / MIB:.1f} of temporaries)"
                 + (f" and {states / MIB:.1f} MiB of states of sequences" if states else "")
                 + "; make the largest "
-                "batch or the tensors smaller, take fewer instances, or raise the limit"
+                "batch or the tensors smaller, take fewer instances, "
+                + ("set state_on_device to 'false', " if states else "")
+                + "or raise the limit"
             )
 
     async def compile(self, job: Callable[[], None], *, count: bool = True, new_shape: bool = False) -> None:
