@@ -188,6 +188,20 @@ async def test_a_state_has_the_same_bits_wherever_it_is_kept(tmp_path: Path, for
     assert len({*found["true"]}) >= 4
 
 
+async def test_two_instances_of_a_device_share_no_state(tmp_path: Path) -> None:
+    """Sequences 1 and 2 have the same slot, each of an instance of its own."""
+    config = WAVE_CONFIG + "} instance_group { count: 2 }"
+    write_model(tmp_path, LAST, config, max_batch_size=1)
+    async with serve(tmp_path) as server:
+        model = server.model("m")
+        assert (await answer(model, 1, 1, "start"), await answer(model, 2, 2, "start")) == (0, 0)
+        assert (await answer(model, 1, 3), await answer(model, 2, 4)) == (1, 2)
+        assert isinstance(model, ScheduledModel)
+        one, other = (store(instance._backend) for instance in model.instances)  # type: ignore[arg-type]
+        assert sum(map(bool, one._kept)) == sum(map(bool, other._kept)) == 1
+        assert jax_instance(server).statistics().state_bytes == 2 * (1 + 1) * 4
+
+
 # Programs that fail
 
 
