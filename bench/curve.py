@@ -31,7 +31,7 @@ def write_models(root: Path) -> None:
         (model / "1").mkdir(parents=True)
         (model / "1" / "model.py").write_text((source / "1" / "model.py").read_text())
         (model / "config.pbtxt").write_text(
-            (source / "config.pbtxt").read_text()
+            (source / "config.pbtxt").read_text().replace("KIND_CPU", "KIND_AUTO")
             + f'parameters {{ key: "target_chunk_ms" value {{ string_value: "{target}" }} }}\n'
         )
 
