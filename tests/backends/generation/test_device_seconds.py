@@ -10,7 +10,7 @@ import trio
 
 from triton_trio import Reason
 
-from .served import Watch, alone, asks, drawn, open_served, write_language_model
+from .served import Text, Watch, alone, asks, drawn, open_served, write_language_model
 from .tiny import prompt
 
 
@@ -27,9 +27,8 @@ async def test_law_16_device_seconds_balance_however_texts_end(tmp_path: Path) -
         inputs += [drawn(2, 9) | asks([], input_ids=prompt(2, 9), stop=[stop]) for _ in range(3)]
         requests = [served.model.request(each) for each in rng.sample(inputs, len(inputs))]
         async with trio.open_nursery() as readers:
-            for request in requests:
-                readers.start_soon(served.read, request)
-            for leaver in rng.sample(requests, 3):
+            await served.start(readers, *((request, Text()) for request in requests))
+            for leaver in (requests[1], requests[4], requests[7]):
                 await served.run_until(lambda leaver=leaver: leaver.outcome or leaver.bound_at)
                 programs = watch.ended + 5
                 await served.run_until(lambda programs=programs: watch.ended == programs)
