@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tritonclient.grpc as tritonclient
 
-from triton_trio.cli import UNSUPPORTED, main, make_parser
+from triton_trio.cli import UNSUPPORTED, backend_config, main, make_parser
 from triton_trio.scheduling import Resource
 
 CONFIG = """backend: "identity"
@@ -210,3 +210,38 @@ def test_a_cache_that_does_not_exist_is_an_error(value: str, capsys: pytest.Capt
     with pytest.raises(SystemExit):
         make_parser().parse_args([f"--cache-config={value}"])
     assert "--cache-config" in capsys.readouterr().err
+
+
+def test_settings_of_backends(caplog: pytest.LogCaptureFixture) -> None:
+    flags = ["jax,compilation_cache_dir=/a,b=c", "python,shm-region-prefix-name=x", "default-max-batch-size=4"]
+    args = make_parser().parse_args([f"--backend-config={flag}" for flag in flags])
+    assert backend_config(args) == {"jax": {"compilation_cache_dir": "/a,b=c"}}
+    assert [record.getMessage() for record in caplog.records] == [
+        "--backend-config=python,shm-region-prefix-name is ignored: this server has no backend 'python'",
+        "--backend-config=default-max-batch-size is ignored: there is nothing like it in this server",
+    ]
+
+
+@pytest.mark.parametrize("value", ["jax", "jax,compilation_cache_dir", "jax,=x", "=x"])
+def test_a_setting_of_a_backend_that_is_none(value: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        make_parser().parse_args([f"--backend-config={value}"])
+    assert f"expected BACKEND,SETTING=VALUE, got '{value}'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("identity,speed=9", "backend config for 'identity': it has no setting 'speed'"),
+        ("jax,speed=9", "backend config for 'jax': it has no setting 'speed', only compilation_cache_dir"),
+    ],
+)
+def test_a_setting_that_a_backend_does_not_have(
+    tmp_path: Path, flag: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    version = tmp_path / "m" / "1"
+    version.mkdir(parents=True)
+    name = flag.partition(",")[0]
+    (version.parent / "config.pbtxt").write_text(f'name: "m" backend: "{name}"')
+    assert main([f"--model-repository={tmp_path}", f"--backend-config={flag}", "--allow-grpc=false"]) == 1
+    assert said in capsys.readouterr().err

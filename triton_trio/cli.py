@@ -19,6 +19,7 @@ import trio
 
 from ._process import calm_garbage_collector, keep_large_buffers
 from ._version import __version__
+from .backends import DEFAULT_BACKENDS
 from .errors import TritonError
 from .grpc.frontend import serve_grpc
 from .grpc.server import GrpcOptions
@@ -41,7 +42,7 @@ UNSUPPORTED = {
     "tracing is not supported yet": "trace-config trace-file trace-level trace-rate trace-count trace-log-frequency",
     "shared memory is not supported yet": "allow-client-shm",
     "there is nothing like it in this server": (
-        "cache-directory backend-directory backend-config repoagent-directory pinned-memory-pool-byte-size "
+        "cache-directory backend-directory repoagent-directory pinned-memory-pool-byte-size "
         "cuda-memory-pool-byte-size cuda-virtual-address-size buffer-manager-thread-count "
         "model-load-thread-count model-load-retry-count model-load-gpu-limit model-namespacing "
         "enable-peer-access host-policy min-supported-compute-capability repository-poll-secs "
@@ -85,6 +86,14 @@ def _bytes(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a number of bytes, got '{text}'")
     return int(text)
+
+
+def _backend_setting(text: str) -> tuple[str, str, str]:
+    setting, equals, value = text.partition("=")
+    name, _, key = setting.rpartition(",")
+    if not (key and equals):
+        raise argparse.ArgumentTypeError(f"expected BACKEND,SETTING=VALUE, got '{text}'")
+    return name, key, value
 
 
 class _Unsupported(argparse.Action):
@@ -146,6 +155,14 @@ def make_parser() -> argparse.ArgumentParser:
         default=0,
         metavar="local,size=BYTES",
         help="the response cache, for models with response_cache { enable: true } (default none)",
+    )
+    models(
+        "--backend-config",
+        type=_backend_setting,
+        action="append",
+        default=[],
+        metavar="BACKEND,SETTING=VALUE",
+        help="jax,compilation_cache_dir=DIR keeps compiled programs there, so that the next start is quicker",
     )
     models("--response-cache-byte-size", type=_bytes, dest="cache_config", metavar="BYTES", help="deprecated")
 
@@ -223,11 +240,24 @@ def leaves(exc: BaseException) -> list[BaseException]:
     return [exc]
 
 
+def backend_config(args: argparse.Namespace) -> dict[str, dict[str, str]]:
+    """By backend.  Other servers' backends have settings in many a start script: those are warned of."""
+    found: dict[str, dict[str, str]] = {}
+    for name, key, value in args.backend_config:
+        if name in DEFAULT_BACKENDS:
+            found.setdefault(name, {})[key] = value
+        else:
+            what = f"this server has no backend '{name}'" if name else "there is nothing like it in this server"
+            LOGGER.warning("--backend-config=%s%s%s is ignored: %s", name, "," * bool(name), key, what)
+    return found
+
+
 async def _serve(args: argparse.Namespace) -> None:
     async with open_server(
         args.model_repository,
         explicit=args.model_control_mode == "explicit",
         load_models=args.load_model,
+        backend_config=backend_config(args),
         server_id=args.id,
         strict_config=args.disable_auto_complete_config or bool(args.strict_model_config),
         strict_readiness=args.strict_readiness,

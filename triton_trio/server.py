@@ -16,6 +16,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -25,6 +26,7 @@ import trio
 from ._version import __version__
 from .backends import DEFAULT_BACKENDS, Backend
 from .ensemble import EnsembleModel
+from .errors import InvalidArgument
 from .groups import WithoutGroups
 from .model import Model, ModelStatistics
 from .observe import name_nursery
@@ -181,6 +183,7 @@ async def open_server(
     explicit: bool = False,
     load_models: Sequence[str] = (),
     backends: Mapping[str, Callable[[], Backend]] | None = None,
+    backend_config: Mapping[str, Mapping[str, str]] | None = None,
     server_id: str = "triton",
     strict_config: bool = False,
     strict_readiness: bool = True,
@@ -203,6 +206,7 @@ async def open_server(
       explicit: load only ``load_models`` at first, then what clients ask for; otherwise everything in the repository.
       load_models: names to load at the start in explicit mode; ``*`` means all.
       backends: makers of further backends by the name that ``backend:`` has in config.pbtxt.
+      backend_config: settings of backends, by their names (``--backend-config``); see :meth:`Backend.configure`.
       server_id: the name that ServerMetadata gives.
       strict_config: config.pbtxt must be complete (``--disable-auto-complete-config``).
       strict_readiness: ready only while every loaded model is ready.
@@ -224,6 +228,13 @@ async def open_server(
         raise ValueError(f"rate_limit is 'off' or 'execution_count', not {rate_limit!r}")
     if resources and rate_limit == "off":
         raise ValueError("resources have no effect without rate_limit='execution_count'")
+    makers = {**DEFAULT_BACKENDS, **(backends or {})}
+    for name, settings in (backend_config or {}).items():
+        if name not in makers:
+            raise InvalidArgument(
+                f"backend config for '{name}': no such backend; this server has {', '.join(sorted(makers))}"
+            )
+        makers[name] = partial(_configured, makers[name], name, settings)
     paths = [model_repository] if isinstance(model_repository, str | PathLike) else model_repository
     # Watchdogs are outermost: they bound how long leaving everything inside may take.
     with WithoutGroups(nurseries=3):
@@ -232,7 +243,7 @@ async def open_server(
             async with trio.open_nursery() as models:
                 repository = ModelRepository(
                     [Path(path) for path in paths],
-                    {**DEFAULT_BACKENDS, **(backends or {})},
+                    makers,
                     models=models,
                     watchdogs=watchdogs,
                     explicit=explicit,
@@ -256,3 +267,12 @@ async def open_server(
                     frontends.cancel_scope.cancel(reason=Reason.SERVER_DRAIN.value)
                 repository.stop()
                 models.cancel_scope.cancel(reason=Reason.MODEL_UNLOADING.value)
+
+
+def _configured(make: Callable[[], Backend], name: str, settings: Mapping[str, str]) -> Backend:
+    backend = make()
+    try:
+        backend.configure(settings)
+    except InvalidArgument as exc:
+        raise InvalidArgument(f"backend config for '{name}': {exc.message}") from None
+    return backend

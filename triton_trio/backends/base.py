@@ -11,12 +11,13 @@ with ``respond`` / ``send`` / ``finish`` / ``fail``, and puts ``await batch.chec
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import InvalidArgument
 from .availability import Availability
 
 if TYPE_CHECKING:
@@ -113,6 +114,13 @@ class Backend(ABC):
     def auto_complete(self, config: ModelConfig, model_directory: Path) -> ModelConfig:
         """Fill in what the model's files tell (inputs, outputs, batch size); sync and cheap.  Default: nothing."""
         return config
+
+    def configure(self, settings: Mapping[str, str]) -> None:
+        """Take the settings that ``--backend-config=NAME,SETTING=VALUE`` has for it; before anything else, if there are any.
+
+        Default: raises :exc:`~triton_trio.errors.InvalidArgument`, for there is none.
+        """
+        raise InvalidArgument(f"it has no setting '{next(iter(settings))}'")
 
     def place(self, group: InstanceGroup, config: ModelConfig) -> InstanceGroup:
         """``group`` with the kind and the devices that ``config`` leaves open (``KIND_AUTO``; a GPU, but none listed).

@@ -9,7 +9,7 @@ With the parameter ``worker_process: "true"`` all of it is in a process of its o
 from __future__ import annotations
 
 import subprocess
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING
 import jax
 import trio
 
+from ...errors import InvalidArgument
 from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from ..worker import launch, open_worker_model
 from ..worker.process import python, worker_environment
 from .apply import execute_apply
 from .checks import check_config
+from .compilation_cache import use_compilation_cache
 from .device import DeviceStatistics, Executor
 from .devices import Devices, find_devices, find_platform
 from .explicit import FunctionCache, execute_explicit, warm_up
@@ -138,6 +140,16 @@ class JaxBackend(Backend):
     def __init__(self, executor: Callable[[str], Executor] = lambda name: Executor(), *, workers: bool = True) -> None:
         self._devices = Devices(executor)
         self._workers = workers
+        self._worker_environment = dict(WORKER_ENVIRONMENT)
+
+    def configure(self, settings: Mapping[str, str]) -> None:
+        """``compilation_cache_dir``: a directory where compiled programs are kept, for this process's and its workers' next
+        start.  There is one for all of the process.
+        """
+        for name, value in settings.items():
+            if name != "compilation_cache_dir":
+                raise InvalidArgument(f"it has no setting '{name}', only compilation_cache_dir")
+            self._worker_environment |= use_compilation_cache(value)
 
     def statistics(self) -> tuple[DeviceStatistics, ...]:
         """One for each device in use in this process."""
@@ -166,7 +178,7 @@ class JaxBackend(Backend):
     def _found_by_a_worker(self) -> tuple[str, int]:
         """As :func:`find_platform`, which would take the devices, and their memory, into this process for ever."""
         command = python("-c", f"from {find_platform.__module__} import find_platform; print(*find_platform())")
-        environment = worker_environment(WORKER_ENVIRONMENT)
+        environment = worker_environment(self._worker_environment)
         found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
         platform, count = found.stdout.split()[-2:]
         return platform, int(count)
@@ -179,7 +191,7 @@ class JaxBackend(Backend):
         """
         config = context.config
         if self._workers and wants_worker(config):
-            start = partial(launch, f"{__name__}:{in_worker.__name__}", WORKER_ENVIRONMENT)
+            start = partial(launch, f"{__name__}:{in_worker.__name__}", self._worker_environment)
             async with open_worker_model(context, start) as worker_model:
                 yield worker_model
             return

@@ -18,8 +18,11 @@ from ...errors import InvalidArgument
 _HIT = "/jax/compilation_cache/cache_hits"
 
 
-def use_compilation_cache(directory: str) -> None:
+def use_compilation_cache(directory: str) -> dict[str, str]:
     """Keep what is compiled in ``directory``, which is made if needed.  For the whole process; idempotent.
+
+    Returns:
+      Environment variables that do the same for another process.
 
     Raises:
       InvalidArgument: nothing can be written there.
@@ -31,13 +34,12 @@ def use_compilation_cache(directory: str) -> None:
         raise InvalidArgument(f"compilation_cache_dir '{directory}' cannot be made: {exc.strerror}") from None
     if not os.access(path, os.W_OK):
         raise InvalidArgument(f"compilation_cache_dir '{directory}' cannot be written to")
-    if jax.config.values["jax_compilation_cache_dir"] == str(path):
-        return
     jax.config.update("jax_compilation_cache_dir", str(path))  # type: ignore[no-untyped-call]
     # By default only what took a second is kept; a model of twenty programs of half a second would be compiled anew each time.
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # type: ignore[no-untyped-call]
     # JAX looks for a cache once, at the first compilation of the process, which may have been long ago.
     compilation_cache.reset_cache()
+    return {"JAX_COMPILATION_CACHE_DIR": str(path), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
 
 
 @dataclass(slots=True)

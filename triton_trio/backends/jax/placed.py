@@ -17,6 +17,7 @@ import trio
 from ...errors import InternalError, InvalidArgument
 from .accounts import Typical
 from .checks import FunctionChecker, aval
+from .compilation_cache import CACHE_HITS
 from .controller import ChunkController
 from .loader import Form, LoadContext
 from .memory import MIB, failure_text, tree_bytes
@@ -50,6 +51,7 @@ class PlacedStatistics:
     model: str
     device: str
     compiles: int
+    compiles_cached: int  #: of these, how many the compilation cache already had
     #: While requests waited, and for nothing: 0, or an explicit model calls its functions with a Python number here and a
     #: numpy scalar there, makes a new function for each request, or has one that its run on zeros did not come by.
     compiles_after_load: int
@@ -98,7 +100,7 @@ class PlacedModel:
         self._warned_of_compile = False
         self._step_at_load: float | None = None
         self._warned = self._warned_of_copies = False
-        self._compiles = self._compiles_after_load = self._compiles_for_shapes = 0
+        self._compiles = self._compiles_cached = self._compiles_after_load = self._compiles_for_shapes = 0
         self._executions = self._cancels = 0
         self._device_seconds = self._wasted_seconds = self._saved_seconds = 0.0
         self.joined = 0
@@ -109,6 +111,7 @@ class PlacedModel:
             model=self.config.name,
             device=self.device.name,
             compiles=self._compiles,
+            compiles_cached=self._compiles_cached,
             compiles_after_load=self._compiles_after_load,
             compiles_for_shapes=self._compiles_for_shapes,
             executions=self._executions,
@@ -346,13 +349,15 @@ class PlacedModel:
         nobody owns.
         """
 
-        def in_thread() -> None:
-            with precision(self.options.x64):
+        def in_thread() -> bool:
+            with precision(self.options.x64), CACHE_HITS.counted() as hits:
                 job()
+            return hits.count > 0
 
-        await trio.to_thread.run_sync(in_thread)
+        cached = await trio.to_thread.run_sync(in_thread)
         if count:
             self._compiles += 1
+            self._compiles_cached += cached
             self._compiles_for_shapes += self._loaded and new_shape
             self._compiles_after_load += self._loaded and not new_shape
         await trio.lowlevel.checkpoint()

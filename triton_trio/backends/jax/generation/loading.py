@@ -112,19 +112,18 @@ class Loader:
             ) from None
         with CACHE_HITS.counted() as hits:
             programs = LlamaPrograms(self._spec, self._placement, params)
-        self._count(hits.count)
+        self._count(hits.count > 0)
         return programs, params
 
     async def _compile(self, make: Callable[[int], Compiled], size: int, what: str) -> Compiled:
-        def compiled() -> tuple[Compiled, int]:
+        def compiled() -> tuple[Compiled, bool]:
             with CACHE_HITS.counted() as hits:
-                return make(size), hits.count
+                return make(size), hits.count > 0
 
         program, cached = await trio.to_thread.run_sync(compiled)
         self._count(cached)
         memory = ProgramMemory.of(program)
         self._temporary = max(self._temporary, memory.temporary + memory.outputs)
-        self._check_memory(f" while {what} is made")
         if memory.aliased < self._state_bytes and not self._warned:
             self._warned = True
             LOGGER.warning(
@@ -135,10 +134,11 @@ class Loader:
                 memory.aliased,
                 self._state_bytes,
             )
+        self._check_memory(f" while {what} is made")
         await trio.lowlevel.checkpoint()
         return program
 
-    def _count(self, cached: int) -> None:
+    def _count(self, cached: bool) -> None:
         self._compiles += 1
         self._cached += cached
 
