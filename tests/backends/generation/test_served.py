@@ -206,6 +206,27 @@ async def test_a_cancel_waits_for_two_programs_and_the_slot_goes_on(tmp_path: Pa
         assert schedule.wasted_seconds > 0
 
 
+async def test_with_late_enqueue_a_cancel_waits_for_one_program(tmp_path: Path) -> None:
+    write_language_model(tmp_path, late_enqueue="true")
+    gate = DeviceGate()
+    async with open_served(tmp_path, gate=gate) as served:
+        request = served.model.request(drawn(2, 10, 60))
+        text = Text()
+        async with trio.open_nursery() as readers:
+            await served.start(readers, (request, text))
+            # Nobody knows yet how long a token takes, and then one is known.
+            await gate.wait_dispatched(2)
+            gate.let_end(2)
+            await gate.wait_held(1)
+            assert (gate.ended, gate.dispatched) == (2, 3)
+            request.cancel(Reason.ADMIN)
+            gate.open()
+        assert isinstance(text.error, RequestCancelled)
+        await served.idle()
+        assert gate.dispatched == 3
+        assert (await served.make(drawn(3))).bits == alone(3)
+
+
 async def test_a_long_prompt_is_left_between_its_pieces(tmp_path: Path) -> None:
     write_language_model(tmp_path)
     gate = DeviceGate()
