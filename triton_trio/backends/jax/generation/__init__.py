@@ -10,6 +10,7 @@
     llama.py sampling.py   the network; from logits to tokens
     slots.py               the state of all generations, and the two programs that move it on
     programs.py            compiled
+    loading.py             all of it made ready: memory, compilations, a first run
     schedule.py accounts.py who is in which slot and what the device does next; who pays for it
     request.py text.py     what a request may ask for; stop strings
     engine.py instance.py  a device's task, and a slot as an instance of the server
