@@ -5,17 +5,23 @@ They are virtual: XLA's CPU, eight times (``XLA_FLAGS=--xla_force_host_platform_
 
 from __future__ import annotations
 
+import gc
 from collections import defaultdict
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 import trio
+import trio.testing
 
 import triton_trio
 from triton_trio.backends.jax import JaxBackend
-from triton_trio.errors import InvalidArgument
+from triton_trio.backends.jax.generation.engine import EngineStatistics
+from triton_trio.errors import InvalidArgument, RequestCancelled
 from triton_trio.scheduled_model import ScheduledModel
 from triton_trio.testing import assert_quiescent
 from triton_trio.testing.device import DeviceGate
@@ -24,9 +30,27 @@ from .generation.served import Served, Text, drawn, open_served, write_language_
 from .generation.test_sharded import WIDE
 from .generation.test_weights import write_directory
 from .generation.tiny import random_tensors
+from .test_device_states import answer, refused, wave
+from .test_served_sequences import WAVE, WAVE_CONFIG
 from .world import COUNTDOWN, COUNTDOWN_CONFIG, until, write_model
 
-SETTINGS = {"buckets": 1, "ladder": 1, "max_batch_size": 1, "warmup": "false"}
+SETTINGS: dict[str, Any] = {"buckets": 1, "ladder": 1, "max_batch_size": 1, "warmup": "false"}
+
+
+@pytest.fixture(autouse=True)
+def _nothing_stays_on_the_devices() -> Iterator[None]:
+    gc.collect()
+    before = len(jax.live_arrays())
+    yield
+    gc.collect()
+    assert len(jax.live_arrays()) == before
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """XLA's CPUs, where JAX is asked for its GPUs."""
+    local_devices = jax.local_devices
+    monkeypatch.setattr(jax, "local_devices", lambda backend=None: local_devices(backend="cpu"))
 
 
 def write_wide_model(root: Path, config: str = "", **parameters: object) -> Path:
@@ -47,6 +71,9 @@ def write_wide_model(root: Path, config: str = "", **parameters: object) -> Path
     return root
 
 
+# Step models, and sequences
+
+
 def inputs(steps: int) -> dict[str, np.ndarray]:
     return {"X": np.array([[1, 2, 3]], np.float32), "STEPS": np.array([[steps]], np.int32)}
 
@@ -61,13 +88,13 @@ async def test_two_instances_on_two_devices_and_a_cancel_on_one_is_nothing_to_th
             assert isinstance(model, ScheduledModel)
             assert sorted(gates) == ["cpu:0", "cpu:1"]
             assert len({thread.name for thread in backend.statistics()}) == 2
-            answers: dict[int, float] = {}
+            answers: dict[int, bytes] = {}
 
             async def read(steps: int, request: triton_trio.InferenceRequest) -> None:
                 with suppress(triton_trio.TritonError):
                     async with model.open_responses(request) as responses:
                         async for response in responses:
-                            answers[steps] = float(response.outputs["MADE"][0, 0])
+                            answers[steps] = response.outputs["Y"].tobytes()
 
             async with trio.open_nursery() as readers:
                 leaves, stays = (model.request(inputs(steps)) for steps in (40, 7))
@@ -84,12 +111,62 @@ async def test_two_instances_on_two_devices_and_a_cancel_on_one_is_nothing_to_th
                 await until(lambda: model.scheduler.idle_instances == 1)
                 assert (one.ended, other.ended) == (2, 0)
                 other.open()
-            assert answers == {7: 7}
             assert one.dispatched == 2
+            one.open()
+            # Alone, on either device.
+            for _ in range(2):
+                assert answers == {7: (await model.infer(model.request(inputs(7)))).outputs["Y"].tobytes()}
             assert sorted(thread.cancels for thread in backend.statistics()) == [0, 1]
             await until(lambda: model.scheduler.idle_instances == 2)
             assert_quiescent(server)
     assert backend.statistics() == ()
+
+
+async def test_a_sequences_state_stays_on_its_device_and_a_cancel_on_the_other_changes_no_bit(
+    tmp_path: Path, gpus: None
+) -> None:
+    """Timeline: a sequence on each of two GPUs; one is left while its program runs; the other goes on; two more, with nobody
+    else, have the same bits on either GPU.
+    """
+    group = "direct { } } instance_group { kind: KIND_GPU gpus: [2, 5] }"
+    write_model(tmp_path, WAVE, WAVE_CONFIG + group, max_batch_size=1, buckets=1)
+    gates: dict[str, DeviceGate] = defaultdict(DeviceGate)
+    backend = JaxBackend(executor=gates.__getitem__)
+    with trio.fail_after(20):
+        async with triton_trio.open_server(tmp_path, backends={"jax": lambda: backend}) as server:
+            model = server.model("m")
+            assert sorted(gates) == ["cpu:2", "cpu:5"]
+            kept = sorted(
+                device.id for array in jax.live_arrays() if array.shape == (2, 1) for device in array.devices()
+            )
+            assert kept == [2, 5]
+            async with trio.open_nursery() as clients:
+                clients.start_soon(answer, model, 1, 0.1, "start")
+                await until(lambda: any(gate.dispatched for gate in gates.values()))
+                other, one = sorted(gates.values(), key=lambda gate: gate.dispatched)
+                other.open()
+                made = [await answer(model, 2, 0.2, "start")]
+                one.let_end()
+            leaves = wave(model, 1, 0.3)
+            async with trio.open_nursery() as clients:
+                clients.start_soon(refused, model, leaves)
+                await one.wait_dispatched(2)
+                leaves.cancel()
+                made += [await answer(model, 2, 0.3), await answer(model, 2, 0.4, "end")]
+                one.open()
+            assert (one.dispatched, other.dispatched) == (2, 3)
+            again: dict[int, list[float]] = {3: [], 4: []}
+            for value, flags in ((0.2, "start"), (0.3, ""), (0.4, "end")):
+                for sequence, found in again.items():
+                    found.append(await answer(model, sequence, value, flags))
+            assert again == {3: made, 4: made}
+            assert (one.dispatched, other.dispatched) == (5, 6)
+            await trio.testing.wait_all_tasks_blocked()
+            assert_quiescent(server)
+    assert backend.statistics() == ()
+
+
+# Language models
 
 
 async def texts(served: Served) -> list[list[int]]:
@@ -115,7 +192,21 @@ async def test_a_model_on_eight_devices_says_what_it_says_on_one_and_a_cancel_le
     write_model(
         tmp_path / "eight", COUNTDOWN, COUNTDOWN_CONFIG + "instance_group { kind: KIND_CPU count: 2 }", **SETTINGS
     )
-    async with open_served(tmp_path / "eight") as served:
+    gate = DeviceGate()
+    async with open_served(tmp_path / "eight", gate=gate) as served:
+        # Left in the middle of a prompt, and of a text: what was on the devices ends, and that is all.
+        for length, ended, programs in ((50, 0, [0, 0]), (10, 2, [0, 1, 1, 1])):
+            request, text, before = served.model.request(drawn(5, length, 30)), Text(), gate.dispatched
+            gate.let_end(ended)
+            async with trio.open_nursery() as readers:
+                readers.start_soon(served.read, request, text)
+                await gate.wait_dispatched(before + len(programs))
+                request.cancel()
+                gate.let_end(2)
+            assert isinstance(text.error, RequestCancelled)
+            await served.idle()
+            assert gate.steps[before:] == programs
+        gate.open()
         beside = served.server.model("m")
         async with trio.open_nursery() as others:
             for steps in (50, 60, 70):
@@ -131,27 +222,57 @@ async def test_a_model_on_eight_devices_says_what_it_says_on_one_and_a_cancel_le
     assert served.backend.statistics() == ()
 
 
-async def test_two_instances_on_four_devices_each(tmp_path: Path) -> None:
-    group = "instance_group { kind: KIND_CPU count: 2 }"
-    async with open_served(write_wide_model(tmp_path, group, context=64, tensor_parallel=4, slots=1)) as served:
-        engines = [instance.statistics().backend for instance in served.model.instances]
-        assert [engine.load.devices[0] for engine in engines] == ["cpu:0", "cpu:4"]  # type: ignore[union-attr]
-        first, second, third = await gather(served, 0, 1, 0)
-        assert first == third != second
-        assert all(engine.statistics().backend.schedule.generations for engine in served.model.instances)  # type: ignore[union-attr]
+async def test_two_instances_on_two_devices_each(tmp_path: Path, gpus: None) -> None:
+    group = "instance_group { kind: KIND_GPU gpus: [0, 2] }"
+    write_wide_model(tmp_path, group, context=64, tensor_parallel=2, slots=1)
+    write_overlapping_model(tmp_path)
+    async with open_served(tmp_path, explicit=True, load_models=["llm"]) as served:
+        assert [engine.device for engine in engines(served)] == ["cpu:0", "cpu:2"]
+        with pytest.raises(
+            InvalidArgument, match=r"devices cpu:1 to cpu:2 cannot share a model while .* both have cpu:[12]"
+        ):
+            await served.server.load_model("overlapping")
+        alone = await served.make(drawn(0))
+        stays, leaves = (served.model.request(drawn(number)) for number in (0, 1))
+        kept, left = Text(), Text()
+        async with trio.open_nursery() as readers:
+            await served.start(readers, (stays, kept), (leaves, left))
+            await until(lambda: len(left.ids) >= 3)
+            leaves.cancel()
+        assert kept.bits == alone.bits
+        assert 3 <= len(left.ids) < 30
+        assert all(engine.schedule.generations for engine in engines(served))
     assert served.backend.statistics() == ()
 
 
-async def gather(served: Served, *numbers: int) -> list[list[int]]:
-    requests = [(served.model.request(drawn(number)), Text()) for number in numbers]
-    async with trio.open_nursery() as readers:
-        for request, text in requests:
-            readers.start_soon(served.read, request, text)
-    return [text.ids for _, text in requests]
+def engines(served: Served) -> list[EngineStatistics]:
+    backends = [instance.statistics().backend for instance in served.model.instances]
+    return [backend for backend in backends if isinstance(backend, EngineStatistics)]
 
 
-async def test_more_than_there_are(tmp_path: Path) -> None:
-    write_wide_model(tmp_path, context=64, tensor_parallel=9)
-    with pytest.raises(InvalidArgument, match=r"wants 9 devices \(its tensor_parallel\), JAX has 8: cpu:0, "):
+def write_overlapping_model(root: Path) -> None:
+    """``overlapping``, on the GPUs 1 and 2."""
+    write_wide_model(root / "aside", "instance_group { kind: KIND_GPU gpus: 1 }", context=64, tensor_parallel=2)
+    overlapping = (root / "aside" / "llm").rename(root / "overlapping")
+    config = overlapping / "config.pbtxt"
+    config.write_text(config.read_text().replace('"llm"', '"overlapping"', 1))
+
+
+@pytest.mark.parametrize(
+    ("group", "devices", "words"),
+    [
+        ("", 9, r"wants 9 devices \(its tensor_parallel\), JAX has 8: cpu:0, "),
+        ("kind: KIND_GPU gpus: 6", 4, r"wants 4 devices \(its tensor_parallel\) from 6 on, JAX has 8: cpu:0, "),
+        ("", 3, "3 devices cannot share a model whose kv_heads is 8"),
+        (
+            "kind: KIND_GPU gpus: [0, 1]",
+            2,
+            r"gpus \[0, 1\] in instance_group .* has 2 of them, counted from the one listed; list 0 and leave out 1",
+        ),
+    ],
+)
+async def test_devices_that_cannot_share_it(tmp_path: Path, gpus: None, group: str, devices: int, words: str) -> None:
+    write_wide_model(tmp_path, f"instance_group {{ {group} }}" if group else "", context=64, tensor_parallel=devices)
+    with pytest.raises(InvalidArgument, match=words):
         async with open_served(tmp_path):
             pass

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -85,6 +86,8 @@ class TextOptions:
                     f"model '{config.name}': parameter {name} in config.pbtxt must be {what}, got '{text}'"
                 ) from None
 
+        devices = parameter("tensor_parallel", parse_count, "a number of devices, 1 or more", 1)
+        check_gpus(config, devices)
         return cls(
             weights=config.parameters.get("weights"),
             slots=parameter("slots", parse_count, "a number of slots, 1 or more", 4),
@@ -93,7 +96,7 @@ class TextOptions:
             ladder=parameter("ladder", _counts_from_1, "numbers of tokens such as '1,2,4,8', with 1", (1, 2, 4, 8)),
             target=parameter("target_chunk_ms", parse_milliseconds, "a positive number of milliseconds", 20e-3),
             late_enqueue=parameter("late_enqueue", parse_flag, "'true' or 'false'", False),
-            devices=parameter("tensor_parallel", parse_count, "a number of devices, 1 or more", 1),
+            devices=devices,
             memory_limit=parameter("device_memory_limit_mb", parse_mebibytes, "a positive number of MiB", None),
             warmup=parameter("warmup", parse_flag, "'true' or 'false'", True),
             dtype=parameter("dtype", _dtype, f"one of {', '.join(_DTYPES)}", None),
@@ -113,6 +116,17 @@ class TextOptions:
     def activations(self) -> object:
         """The dtype for everything but int8 matrices; None: what suits the device."""
         return None if self.dtype is None else _DTYPES[self.dtype]
+
+
+def check_gpus(config: ModelConfig, devices: int) -> None:
+    """Raises :exc:`InvalidArgument` if GPUs that are listed are among those behind another."""
+    for group in config.instance_groups:
+        for first, other in pairwise(sorted(group.gpus)):
+            if other - first < devices > 1:
+                raise InvalidArgument(
+                    f"model '{config.name}': gpus {list(group.gpus)} in instance_group does not suit tensor_parallel={devices}: "
+                    f"each instance has {devices} of them, counted from the one listed; list {first} and leave out {other}"
+                )
 
 
 def _counts_from_1(text: str) -> tuple[int, ...]:
