@@ -71,7 +71,8 @@ async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
     command = python("-m", f"{__package__}", str(theirs.fileno()), factory)
     with theirs:
         try:
-            with trio.CancelScope(shield=True):  # for as long as a thread takes to fork and exec
+            # Shielded: a process that is started and not known is one that nobody ends.  Bounded by fork and exec.
+            with trio.CancelScope(shield=True):
                 process = await trio.lowlevel.open_process(
                     command,
                     stdin=subprocess.DEVNULL,
