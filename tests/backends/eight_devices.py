@@ -197,10 +197,10 @@ async def test_a_model_on_eight_devices_says_what_it_says_on_one_and_a_cancel_le
         # Left in the middle of a prompt, and of a text: what was on the devices ends, and that is all.
         for length, ended, programs in ((50, 0, [0, 0]), (10, 2, [0, 1, 1, 1])):
             request, text, before = served.model.request(drawn(5, length, 30)), Text(), gate.dispatched
-            gate.let_end(ended)
             async with trio.open_nursery() as readers:
                 readers.start_soon(served.read, request, text)
-                await gate.wait_dispatched(before + len(programs))
+                await gate.wait_dispatched(before + 2)
+                await served.advance(ended)
                 request.cancel()
                 gate.let_end(2)
             assert isinstance(text.error, RequestCancelled)
