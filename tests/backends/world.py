@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -206,8 +207,9 @@ async def open_world(
 
 
 async def until(condition: Callable[[], object]) -> None:
-    """Spin until another thread, or another task, has done its part."""
+    """Look until another thread, or another task, has done its part."""
     while not condition():  # noqa: ASYNC110
+        time.sleep(50e-6)  # noqa: ASYNC251 - to let the other thread have the GIL, and a core
         await trio.lowlevel.checkpoint()
 
 

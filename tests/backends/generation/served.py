@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from functools import cache
@@ -46,7 +47,8 @@ def write_language_model(root: Path, config: str = "", **parameters: object) -> 
     words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     words.save(str(version / "tokenizer.json"))
     settings = {"model_format": "llama", "slots": SLOTS, "context": CONTEXT, "prefill_chunk": CHUNK, "ladder": 1}
-    settings |= {"warmup": "false"}
+    # One program runs and one is queued, whatever time it is.
+    settings |= {"warmup": "false", "late_enqueue": "false"}
     text = 'name: "llm" backend: "jax"\n' + config
     for key, value in (settings | parameters).items():
         text += f'parameters {{ key: "{key}" value {{ string_value: "{value}" }} }}\n'
@@ -225,6 +227,7 @@ class Served:
                 await until(lambda ended=ended: self.engine.prefills + self.engine.decodes >= ended)
                 await trio.testing.wait_all_tasks_blocked()
             else:
+                time.sleep(50e-6)  # noqa: ASYNC251 - as until() does
                 await trio.lowlevel.checkpoint()
 
     async def stands_still(self) -> None:

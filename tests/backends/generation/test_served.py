@@ -216,7 +216,12 @@ async def test_with_late_enqueue_a_cancel_waits_for_one_program(tmp_path: Path) 
             await served.start(readers, (request, text))
             # Nobody knows yet how long a token takes, and then one is known.
             await gate.wait_dispatched(2)
-            gate.let_end(2)
+            gate.let_end()
+            await until(lambda: served.engine.prefills == 1)
+            await (
+                trio.testing.wait_all_tasks_blocked()
+            )  # the next turn is in line: a thread that the gate holds reads no mail
+            gate.let_end()
             await gate.wait_held(1)
             assert (gate.ended, gate.dispatched) == (2, 3)
             request.cancel(Reason.ADMIN)

@@ -43,8 +43,9 @@ class TextOptions:
     ``target_chunk_ms``
         device time of such a program, 20 by default: more than one token only where they fit.
     ``late_enqueue``
-        ``true``: the next program is decided on just before the running one ends.  A cancel, and a prompt that comes, then wait
-        for one program instead of two; the device may run dry for a moment where times vary.
+        by default the next program is decided on just before the running one ends: a cancel, and a prompt that comes, wait
+        for one program.  ``false``: one is always queued, and they wait for two; the device then never runs dry, not even
+        for a moment where times vary.
     ``tensor_parallel``
         devices that share the model, each with its part of every matrix and of the cache, 1 by default: the GPU that ``gpus``
         lists and those behind it, or with KIND_CPU the first ones for the first instance, those behind for the next.  Where
@@ -95,7 +96,7 @@ class TextOptions:
             prefill=parameter("prefill_chunk", parse_counts, "numbers of tokens such as '16,64'", (16, 64)),
             ladder=parameter("ladder", _counts_from_1, "numbers of tokens such as '1,2,4,8', with 1", (1, 2, 4, 8)),
             target=parameter("target_chunk_ms", parse_milliseconds, "a positive number of milliseconds", 20e-3),
-            late_enqueue=parameter("late_enqueue", parse_flag, "'true' or 'false'", False),
+            late_enqueue=parameter("late_enqueue", parse_flag, "'true' or 'false'", True),
             devices=devices,
             memory_limit=parameter("device_memory_limit_mb", parse_mebibytes, "a positive number of MiB", None),
             warmup=parameter("warmup", parse_flag, "'true' or 'false'", True),
