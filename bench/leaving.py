@@ -58,6 +58,9 @@ async def one_round(
     *,
     control: bool,
 ) -> None:
+    # The device still works for those who were cancelled with the last round.
+    while any(instance.batch is not None for instance in model.instances):  # noqa: ASYNC110 - from outside
+        await trio.sleep(0.001)
     before = engine(model).schedule
     read_texts: list[tuple[Text, bool]] = []
     began = time.perf_counter()
