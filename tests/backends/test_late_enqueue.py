@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import suppress
 from pathlib import Path
+from queue import Empty
 
 import jax
 import pytest
 import trio
 
-from triton_trio.backends.jax import DeviceJob, DeviceThread, Turn
+from triton_trio.backends.jax import DeviceJob, DeviceThread, Executor, Turn, short_switch_interval
 from triton_trio.backends.jax.controller import ChunkController, LateEnqueue
 from triton_trio.testing.device import DeviceGate
 
@@ -32,6 +36,31 @@ def test_waits_until_a_margin_before_the_predicted_end(
     now: float, started: float, expected: float | None, seconds: float
 ) -> None:
     assert LateEnqueue(margin=1.0).hold(now, started, expected) == seconds
+
+
+async def test_E3_a_wait_that_is_over_before_it_begins_ends() -> None:
+    """With ``queue.SimpleQueue`` of Python 3.11 it never does, if a letter came and was taken before; a soak hung on it."""
+    device = DeviceThread("test")
+    mail, ends = type(device.mail)(), 0
+    device.close()
+
+    def hold_often() -> None:
+        nonlocal ends
+        for _ in range(20_000):
+            mail.put(None)
+            mail.get()
+            with suppress(Empty):
+                Executor().hold(mail, 1e-7)
+            ends += 1
+
+    thread = threading.Thread(target=hold_often, daemon=True)
+    with short_switch_interval(1e-6):
+        thread.start()
+        # It takes another thread, for the moment in which the time passes.
+        until = time.monotonic() + 10
+        while thread.is_alive() and time.monotonic() < until:
+            pass
+    assert ends == 20_000
 
 
 def test_the_prediction_is_the_least_of_the_last_16() -> None:

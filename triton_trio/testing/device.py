@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import threading
 from collections import deque
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import TYPE_CHECKING, Any
 
 import trio
@@ -50,7 +50,7 @@ class DeviceGate(Executor):
         self.steps: list[int] = []
         #: Seconds for which each dispatch of a late job was put off, in order.
         self.held: list[float] = []
-        self._holding: SimpleQueue[DeviceJob | None] | None = None
+        self._holding: Queue[DeviceJob | None] | None = None
         self._permits = threading.Semaphore(0)
         self._opened = False
         self._failures: deque[tuple[int, str]] = deque()
@@ -132,7 +132,7 @@ class DeviceGate(Executor):
     def ready(self, turn: Turn) -> bool:
         return self._opened and turn.ready()
 
-    def hold(self, mail: SimpleQueue[DeviceJob | None], seconds: float) -> DeviceJob | None:
+    def hold(self, mail: Queue[DeviceJob | None], seconds: float) -> DeviceJob | None:
         self._holding = mail  # before the look at _opened, which open() sets before it looks here
         try:
             if not self._opened:

@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
-from queue import Empty, SimpleQueue
+from queue import Empty, Queue
 from typing import TYPE_CHECKING
 
 import trio
@@ -81,7 +81,7 @@ class Executor:
     def ready(self, turn: Turn) -> bool:
         return turn.ready()
 
-    def hold(self, mail: SimpleQueue[DeviceJob | None], seconds: float) -> DeviceJob | None:
+    def hold(self, mail: Queue[DeviceJob | None], seconds: float) -> DeviceJob | None:
         """The next mail, which a cancel sends too; raises :exc:`queue.Empty` when ``seconds`` have passed without."""
         return mail.get(timeout=seconds)
 
@@ -149,7 +149,8 @@ class DeviceThread:
         self.state = DeviceState.READY
         self.why = ""  #: it was given up
         self.clock = clock
-        self.mail: SimpleQueue[DeviceJob | None] = SimpleQueue()
+        # Not a SimpleQueue, whose get() waits for ever if its timeout has passed when it looks again (Python 3.11).
+        self.mail: Queue[DeviceJob | None] = Queue()
         #: Of the instances that use it, of whatever model: when it is given up, all of them take no more work.
         self.availability = Availability()
         self.availability.restore()
