@@ -141,7 +141,6 @@ async def test_C7_texts_that_are_left_give_their_slots_back_and_no_memory_is_tak
                 await trio.testing.wait_all_tasks_blocked()
                 nursery.cancel_scope.cancel()
             await until(lambda number=number: len(released) == 2 * (number + 1))
-            # The last program's few tokens may still be on their way to the server; a cache of one text is 25 kB.
-            assert bytes_in_use(device) < idle + 1000
+            assert bytes_in_use(device) <= idle
         response = await model.infer(asks([1, 2, 3], max_tokens=5, ignore_eos=True))
         assert len(response.outputs["token_id"]) == 5

@@ -106,8 +106,7 @@ async def test_B9_survivors_are_bit_equal_whoever_leaves_between_any_two_program
             assert served.engine.schedule.slots_in_use == 0
             arrays.add(len(jax.live_arrays()))
         assert served.engine.schedule.stale_tokens > 0
-        # The device's thread may have had the last program's few tokens in hand when it was asked.
-        await until(lambda: len(jax.live_arrays()) == min(arrays))
+    assert len(arrays) == 1
 
 
 async def test_law_3_a_cancel_is_seen_though_no_task_has_run_since(

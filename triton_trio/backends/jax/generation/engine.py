@@ -108,7 +108,8 @@ class SlotTurn(Turn):
         return True
 
     def wait(self) -> None:
-        self.emitted = Emitted(*map(np.asarray, self.emitted))  # type: ignore[arg-type]
+        # Copies: a view would keep the device's arrays until the engine has another turn in hand.
+        self.emitted = Emitted(*map(np.array, self.emitted))  # type: ignore[arg-type]
 
     def ready(self) -> bool:
         return all(leaf.is_ready() for leaf in jax.tree.leaves(self.emitted))
