@@ -12,7 +12,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
-from triton_trio.backends.jax.generation.follower import follow
+from triton_trio.backends.jax.generation.follower import connect, follow
 from triton_trio.backends.jax.generation.leader import LAG, greet_followers
 from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
 from triton_trio.backends.jax.generation.schedule import Generation, Program, Settings, SlotSchedule
@@ -271,3 +271,28 @@ async def test_a_follower_leaves_what_is_no_plan() -> None:
         await ours.send_all(b"GET / HTTP/1.1\r\n")
         with pytest.RaisesGroup(PlanBroken):
             await follow(theirs, PLAN, hosts.followers[0].programs)
+
+
+async def test_law_4_who_leaves_in_the_greeting_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The leader's buffer is full, or it has broken the connection once: neither is left open."""
+    opened: list[trio.testing.MemorySendStream] = []
+
+    async def send() -> None:
+        if len(opened) == 1:
+            raise trio.BrokenResourceError
+        await trio.sleep_forever()
+
+    async def dial(host: str, port: int) -> trio.testing.MemorySendStream:
+        await trio.lowlevel.checkpoint()
+        opened.append(stream := trio.testing.MemorySendStream(send_all_hook=send))
+        return stream
+
+    monkeypatch.setattr(trio, "open_tcp_stream", dial)
+    with pytest.raises(Unavailable, match="no leader at here:1 within 2 s"):
+        await connect("here", 1, PLAN, 1, within=2)
+    assert len(opened) == 2
+    for stream in opened:
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.send_all(b"x")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import traceback
-from contextlib import suppress
+from contextlib import AsyncExitStack, suppress
 from queue import SimpleQueue
 from typing import Any
 
@@ -137,12 +137,13 @@ async def connect(host: str, port: int, plan: PlanFormat, process: int, *, withi
     with trio.move_on_after(within):
         while True:
             try:
-                stream = await trio.open_tcp_stream(host, port)
-            except OSError:
+                async with AsyncExitStack() as stack:
+                    stream = await stack.enter_async_context(await trio.open_tcp_stream(host, port))
+                    await stream.send_all(plan.hello(process))
+                    stack.pop_all()
+                    return stream
+            except (OSError, trio.BrokenResourceError):
                 await trio.sleep(_AGAIN)
-                continue
-            await stream.send_all(plan.hello(process))
-            return stream
     raise Unavailable(f"no leader at {host}:{port} within {within:g} s")
 
 
