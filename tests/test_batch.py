@@ -314,6 +314,17 @@ async def test_E3_a_cohort_is_counted_when_its_last_member_is_and_then_forgotten
         member.request.cancel()  # a late one: nothing to leave any more, and nothing breaks
 
 
+async def test_E3_a_member_that_is_retired_again_is_not_taken_for_its_neighbour() -> None:
+    record = Record()
+    batch = record.batch([queued(label="a"), queued(label="b")])
+    a, b = batch.members
+    assert batch.retire(a) == batch.retire(a) == ()
+    assert not record.ended
+    assert batch.retire(b) == [a, b]
+    assert batch.retire(b) == ()
+    assert record.ended == [(2, ["a", "b"])]
+
+
 async def test_an_execution_that_can_serve_nobody_waits_for_one_who_may_join_too() -> None:
     waiting = Waiting()
     batch = Record().batch([queued()], decoupled=True, waiting=waiting)

@@ -176,11 +176,14 @@ class Batch:
         return self.members[-len(requests) :]
 
     def retire(self, member: Member) -> Sequence[Member]:
-        """All of ``member`` has been counted and released.  Called once; the instance does it at the latest.
+        """All of ``member`` has been counted and released.  Idempotent; the instance calls it at the latest.
 
         Returns:
           The members of its cohort, if it was the last of them: the batch has forgotten them.
         """
+        if member.retired:
+            return ()
+        member.retired = True
         cohort = member.cohort
         cohort.unretired -= 1
         if cohort.unretired:

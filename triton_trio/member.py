@@ -50,6 +50,7 @@ class Member:
         "queue_seconds",
         "released",
         "request",
+        "retired",
         "saved_seconds",
         "scope",
         "seconds_after_cancel",
@@ -77,6 +78,7 @@ class Member:
         #: Cancelled, and its row goes on all the same: for its sequence's state, where the configuration says so.
         self.kept = False
         self.released = False
+        self.retired = False  #: of :meth:`Batch.retire`
         #: From the cancel until the device had let go.
         self.seconds_after_cancel = 0.0
         #: A backend that runs each member in a scope of its own puts it here: cancelled when the member leaves.

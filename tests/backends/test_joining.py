@@ -335,6 +335,23 @@ async def test_E3_an_execution_without_end_keeps_its_books_and_no_more_than_it_h
         assert (on.placed.executions, on.placed.joined) == (1, 22)
 
 
+async def test_E3_who_is_cancelled_after_its_neighbour_was_served_is_counted_when_its_device_has_let_go(
+    tmp_path: Path,
+) -> None:
+    """Timeline: a is served, and nothing is left to do for it; b goes on alone, and its cancel ends the execution."""
+    async with stage(tmp_path, rows=2) as on:
+        a, b = on.start_all(countdown(1, 0), countdown(400, 1))
+        await on.gate.wait_dispatched(2)
+        member = on.batch.members[1]
+        on.gate.let_end(6)
+        await until(lambda: member.cohort.unretired == 1)
+        b.cancel()
+        on.gate.open()
+        await on.all_ended([a, b])
+        assert a in on.made
+        assert on.model.counters.device_seconds_after_cancel == member.seconds_after_cancel > 0
+
+
 async def test_a_small_batch_takes_all_who_wait_or_runs_dry_for_a_larger_one(tmp_path: Path) -> None:
     """Timeline: in a bucket of 2, b ends, and c, which waits alone, joins; c ends, and of d, e and f nobody does."""
     async with stage(tmp_path, buckets="2,4") as on:
