@@ -400,6 +400,19 @@ async def test_a_checkpoint_returns_when_one_program_is_left(tmp_path: Path) -> 
         assert run.responses[0][0]["MADE"].tolist() == [[3]]
 
 
+async def test_who_waits_for_a_checkpoint_hears_that_an_earlier_program_failed(tmp_path: Path) -> None:
+    """It was answered when it was dispatched, so what is dropped with it must say so: nothing else comes."""
+    async with looping(tmp_path) as (world, gate):
+        before = gate.dispatched
+        async with world.running([ticks(50)]) as run:
+            await gate.wait_dispatched(before + 2)
+            await trio.testing.wait_all_tasks_blocked()
+            gate.fail(gate.ended + 1, "the fan stood still")
+            gate.open()
+        assert "RuntimeError: the fan stood still" in run.errors[0].message
+        assert (await world.execute(ticks(3)))[0][0]["MADE"].tolist() == [[3]]
+
+
 async def test_an_explicit_members_cancel_is_its_own(tmp_path: Path) -> None:
     async with looping(tmp_path) as (world, gate):
         async with world.running([ticks(50), ticks(8), ticks(99)]) as run:

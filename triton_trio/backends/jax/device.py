@@ -321,7 +321,12 @@ class DeviceThread:
         try:
             self._executor.wait(turn)
         except Exception as exc:  # noqa: BLE001  (whatever a model raises is that model's error)
-            self._fail(job, turn, exc)
+            dropped = self._fail(job, turn, exc)
+            if not turn.reply_when_done:
+                # Its own answer is long given: whoever waits, waits for one of these.
+                for other in dropped:
+                    other.failure = turn.failure
+                    self._post(job, other, None)
         now = self.clock()
         turn.seconds = 0.0 if unmeasured else program_seconds(now, dispatched_at, self._last_done)
         self._last_done = now
@@ -345,19 +350,21 @@ class DeviceThread:
             self._complete(job, turn)
         self._post_if_drained(job)
 
-    def _fail(self, job: DeviceJob, turn: Turn, exc: Exception) -> None:
+    def _fail(self, job: DeviceJob, turn: Turn, exc: Exception) -> list[Turn]:
+        """What has been dropped with it."""
         turn.failure = f"{type(exc).__name__}: {exc}"
         turn.failed()
         self._failures += 1
         if not job.draining:
             LOGGER.error("%s failed on device %s: %s", job.name, self.name, traceback.format_exc())
-        job.drop_turns()
+        dropped = job.drop_turns()
         if found := breaks_device(turn.failure):
             why = (
                 f"after {found} no program can run there in this process; restart it (see the parameter worker_process)"
             )
             with contextlib.suppress(trio.RunFinishedError):
                 self._token.run_sync_soon(self.abandon, why)
+        return dropped
 
     def _complete(self, job: DeviceJob, turn: Turn) -> None:
         job.finished += 1

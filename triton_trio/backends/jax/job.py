@@ -164,10 +164,12 @@ class DeviceJob:
         with self._lock:
             self._submitted -= len(self.turns)
             self.turns.clear()
-            if self.in_flight:
+            # A local: the device thread may end the draining, and say so, before the next line.
+            waits = self.in_flight > 0
+            if waits:
                 self.joined_at = self.device.clock()
                 self.draining = True
-        if not self.draining:
+        if not waits:
             if cancelled:
                 self.device.count_cancel(0.0)
             return False
@@ -208,11 +210,13 @@ class DeviceJob:
         with self._lock:
             self.in_flight -= 1
 
-    def drop_turns(self) -> None:
-        """Forget what is in line."""
+    def drop_turns(self) -> list[Turn]:
+        """Nothing that is in line is dispatched; what that was."""
         with self._lock:
-            self.finished += len(self.turns)
+            dropped = list(self.turns)
+            self.finished += len(dropped)
             self.turns.clear()
+        return dropped
 
     # Called in the Trio thread, by the device thread's messages
 
