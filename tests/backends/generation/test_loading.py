@@ -94,6 +94,19 @@ async def test_every_program_runs_once_and_how_long_a_cancel_waits_is_published(
     assert "a cancel waits for one token at least, for " in info
 
 
+@pytest.mark.parametrize(("dtype", "bytes_of_a_number"), [("bfloat16", 2), ("int8", 1)])
+async def test_dtype_is_that_of_matrices(tmp_path: Path, dtype: str, bytes_of_a_number: int) -> None:
+    """And on a CPU of nothing else: the cache has float32, as without it."""
+    loads = {}
+    for name in ("float32", dtype):
+        write_language_model(tmp_path / name, **SMALL | {"dtype": name})
+        async with loaded(tmp_path / name, JaxBackend()) as load:
+            loads[name] = load
+    assert loads[dtype].cache_bytes == loads["float32"].cache_bytes
+    ratio = loads[dtype].params_bytes / loads["float32"].params_bytes
+    assert bytes_of_a_number / 4 < ratio < bytes_of_a_number / 4 + 0.15  # norms, and scales, are float32
+
+
 async def test_what_does_not_fit_is_refused_with_its_figures(tmp_path: Path) -> None:
     write_language_model(tmp_path, **SMALL | {"slots": 64, "device_memory_limit_mb": 0.5})
     backend = JaxBackend()

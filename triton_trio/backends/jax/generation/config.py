@@ -77,8 +77,8 @@ class SlotSpec:
       slots: rows of the state.
       context: positions of one slot, prompt and text together.  At most ``config.context``.
       end_tokens: ids that end a text; the model's own.
-      dtype: of activations and of the KV cache.  float32 is fastest on a CPU; bfloat16 needs half the memory, and is fastest
-        elsewhere.
+      dtype: of activations and of the KV cache; matrices have their own.  float32 on a CPU, where a cache in bfloat16 would be
+        widened as a whole with each token; bfloat16 needs half the memory, and is fastest elsewhere.
       block: keys that attention looks at in one go.
       host_predicates: a condition inside a program costs nothing to look at.  True on a CPU.  On CUDA the host reads each
         one back, so there the programs compute both sides and whole contexts.

@@ -103,7 +103,11 @@ class Loader:
         between, options = trio.from_thread.check_cancelled, self._options
         try:
             params = load_params(
-                self._checkpoint, self._placement, dtype=self._spec.dtype, int8=options.int8, between=between
+                self._checkpoint,
+                self._placement,
+                dtype=options.matrices() or self._spec.dtype,
+                int8=options.int8,
+                between=between,
             )
             jax.block_until_ready(params)  # type: ignore[no-untyped-call]
         except jax.errors.JaxRuntimeError as exc:
@@ -221,7 +225,7 @@ async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) ->
 
     try:
         for length in sorted(programs.prefill, reverse=True):
-            tries = [await run(piece(length, slot)) for slot in range(spec.slots)]
+            tries = [await run(piece(length, number % spec.slots)) for number in range(max(spec.slots, TRIES))]
             if length == max(programs.prefill):
                 longest = min(tries)
         for count in sorted(programs.decode, reverse=True):

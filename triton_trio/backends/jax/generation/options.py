@@ -36,7 +36,7 @@ class TextOptions:
     ``context``
         tokens of one prompt and its text together, by default 1024, or what the model was trained for if that is less.
     ``prefill_chunk``
-        lengths of the pieces of prompts, ``16,64`` by default.  A cancel waits for at most two; a text that is being made
+        lengths of the pieces of prompts, ``16,32,64`` by default.  A cancel waits for at most two; a text that is being made
         stands still for one.
     ``ladder``
         tokens that are made for each text in one program, ``1,2,4,8`` by default.
@@ -57,7 +57,8 @@ class TextOptions:
         ``false``: do not run the programs when the model is loaded.  By default each is run once, and how long a cancel waits
         is logged: one token at least.  Never where there are several processes.
     ``dtype``
-        ``float32`` (default on a CPU), ``bfloat16`` (elsewhere), or ``int8``: matrices as int8.
+        of matrices: ``float32`` (default on a CPU), ``bfloat16`` (elsewhere), or ``int8``.  All else is float32 on a CPU, and
+        elsewhere bfloat16 unless it is float32 that is asked for.
     """
 
     weights: str | None
@@ -93,7 +94,7 @@ class TextOptions:
             weights=config.parameters.get("weights"),
             slots=parameter("slots", parse_count, "a number of slots, 1 or more", 4),
             context=parameter("context", parse_count, "a number of tokens, 1 or more", 1024),
-            prefill=parameter("prefill_chunk", parse_counts, "numbers of tokens such as '16,64'", (16, 64)),
+            prefill=parameter("prefill_chunk", parse_counts, "numbers of tokens such as '16,64'", (16, 32, 64)),
             ladder=parameter("ladder", _counts_from_1, "numbers of tokens such as '1,2,4,8', with 1", (1, 2, 4, 8)),
             target=parameter("target_chunk_ms", parse_milliseconds, "a positive number of milliseconds", 20e-3),
             late_enqueue=parameter("late_enqueue", parse_flag, "'true' or 'false'", True),
@@ -115,7 +116,11 @@ class TextOptions:
         return find_weights(name) if kind == "package" else version_directory / self.weights
 
     def activations(self) -> object:
-        """The dtype for everything but int8 matrices; None: what suits the device."""
+        """The dtype of everything but matrices; None: what suits the device."""
+        return jnp.float32 if self.dtype == "float32" else None
+
+    def matrices(self) -> object:
+        """Their dtype, if they are not int8; None: that of activations."""
         return None if self.dtype is None else _DTYPES[self.dtype]
 
 
