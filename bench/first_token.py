@@ -19,7 +19,7 @@ from .harness import machine, percentile, save, table
 from .texts import Text, engine, models, prompts, read
 
 LONG = 2000
-PIECE = 64
+PIECE = 64  #: the longest by default
 CANCELLED = (0, 1, 10)
 #: For comparison; they leave it a slot.
 LIVE = 3
@@ -48,7 +48,7 @@ async def measure(rounds: int) -> tuple[list[list[object]], bool, float]:
     assert len(short) <= PIECE
     took: dict[tuple[int, bool], list[float]] = {}
     piece: list[float] = []
-    with models(long={"slots": 4, "context": 2304, "prefill_chunk": str(PIECE)}) as root:
+    with models(long={"slots": 4, "context": 2304}) as root:
         async with open_server(root) as server:
             model = server.model("long")
             assert isinstance(model, ScheduledModel)

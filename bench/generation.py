@@ -1,8 +1,8 @@
 """(h) Tokens a second: slots that are shared in flight, against one request at a time, and against llama.cpp.
 
 SmolLM2-135M on this machine's CPU, all in process, greedy texts of equal length, in alternating rounds.  llama.cpp runs the same
-file in a process of its own, with as many slots and threads as there are cores, on its 4-bit weights as they are; ours are
-dequantised at load.
+file in a process of its own, with as many slots and as many threads as there are cores, on its 4-bit weights as they are; ours
+are dequantised at load, to each dtype that a model may have.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ from .texts import Text, models, prompts, read, weights
 
 STREAMS = (1, 4, 8)
 CONTEXT = 256
+DTYPES = ("float32", "bfloat16", "int8")
+#: One request at a time: a model of one slot.
+ALONE = {f"{dtype} one at a time": dtype for dtype in DTYPES[:2]}
 
 
 async def ours(model: ScheduledModel, asked: list[np.ndarray], tokens: int) -> tuple[float, list[Text]]:
@@ -44,18 +47,18 @@ async def measure(rounds: int, tokens: int, llamacpp: Server | None) -> tuple[li
     slots = max(STREAMS)
     rates: dict[tuple[str, int], list[float]] = {}
     agreement: list[str] = []
-    with models(
-        in_flight={"slots": slots, "context": CONTEXT, "prefill_chunk": "64"},
-        one={"slots": 1, "context": CONTEXT, "prefill_chunk": "64"},
-    ) as root:
+    in_flight = {dtype: {"slots": slots, "context": CONTEXT, "dtype": dtype} for dtype in DTYPES}
+    alone = {name: {"slots": 1, "context": CONTEXT, "dtype": dtype} for name, dtype in ALONE.items()}
+    with models(**in_flight, **alone) as root:
         async with open_server(root) as server:
             for round_number in range(rounds + 1):
                 for streams in STREAMS:
                     mine = asked[:streams]
-                    for name in ("in_flight", "one"):
+                    made: dict[str, list[Text]] = {}
+                    for name in (*DTYPES, *ALONE):
                         model = server.model(name)
                         assert isinstance(model, ScheduledModel)
-                        seconds, texts = await ours(model, mine, tokens)
+                        seconds, made[name] = await ours(model, mine, tokens)
                         rates.setdefault((name, streams), []).append(streams * tokens / seconds)
                     if llamacpp is not None:
                         answer = await trio.to_thread.run_sync(
@@ -65,9 +68,9 @@ async def measure(rounds: int, tokens: int, llamacpp: Server | None) -> tuple[li
                         if round_number == rounds and streams == slots:
                             agreement = [
                                 f"{_agree(text, other)} of {len(other)}"
-                                for text, other in zip(texts, answer["texts"], strict=True)
+                                for text, other in zip(made["float32"], answer["texts"], strict=True)
                             ]
-    names = ["in_flight", "one"] + ["llama.cpp"] * (llamacpp is not None)
+    names = [*DTYPES, *ALONE] + ["llama.cpp"] * (llamacpp is not None)
     rows: list[list[object]] = []
     for streams in STREAMS:
         found = {name: percentile(rates[name, streams][1:], 50) for name in names}  # without the first round
@@ -75,7 +78,8 @@ async def measure(rounds: int, tokens: int, llamacpp: Server | None) -> tuple[li
             [
                 streams,
                 *(round(found[name], 1) for name in names),
-                *(round(found["in_flight"] / found[name], 2) for name in names[1:]),
+                *(round(found[dtype] / found[name], 2) for name, dtype in ALONE.items()),
+                *(round(found[dtype] / found["llama.cpp"], 2) for dtype in DTYPES if llamacpp is not None),
             ]
         )
     return rows, agreement
@@ -112,10 +116,12 @@ def main() -> None:
         else:
             print("without llama.cpp: LLAMA_CPP_VENV is to be an environment with xllamacpp", file=sys.stderr)
         rows, agreement = trio.run(measure, args.rounds, args.tokens, llamacpp)
-    header = ["streams", "in flight, tokens/s", "one at a time"]
-    header += ["llama.cpp"] * (llamacpp is not None) + ["× one at a time"] + ["× llama.cpp"] * (llamacpp is not None)
-    text = f"Texts of {args.tokens} tokens after prompts of some 40; median of {args.rounds} rounds.\n\n" + table(
-        header, rows
+    header = ["streams", *DTYPES, *ALONE] + ["llama.cpp"] * (llamacpp is not None)
+    header += [f"{dtype} × one at a time" for dtype in ALONE.values()]
+    header += [f"{dtype} × llama.cpp" for dtype in DTYPES if llamacpp is not None]
+    text = (
+        f"Tokens a second, in texts of {args.tokens} after prompts of some 40; median of {args.rounds} rounds. By dtype: in "
+        f"flight, in {max(STREAMS)} slots.\n\n" + table(header, rows)
     )
     if agreement:
         text += (

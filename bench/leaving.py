@@ -1,16 +1,20 @@
 """(j) What readers who walk away cost those who stay: tokens a second at 0, 10, 30 and 60% of cancelled texts.
 
-SmolLM2-135M with 8 slots and 12 readers in a closed loop.  A text that is cancelled after n tokens leaves less to read than one
-that is not, whatever the server does.  So each share of cancels is compared with a *control* in which the very same texts end
-after the same tokens by their own limit: the work that is wanted is equal, and the difference is what cancelling costs.  Time is
-cut into alternating rounds of both.
+SmolLM2-135M with 8 slots and 12 readers in a closed loop, three times on one device, side by side: nobody leaves (*calm*), a
+share of the texts is cancelled after some tokens (*leaving*), and the very same texts end after the same tokens by their own
+limits (*control*).  The first two are what cancels change; the last two, what cancelling costs, for a text that is cut short
+leaves less to read, whoever cuts it.
+
+Their programs alternate on the device, so whatever the machine does meanwhile is in all three: in rounds, one after the other,
+the same load differed by 5% from minute to minute.  The device is never idle, so the rate of each is its tokens by second of
+device time, wasted ones included.  How much is wasted is measured alone, where a cancel finds the device at work for its own
+model.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -24,143 +28,165 @@ from triton_trio.scheduled_model import ScheduledModel
 from .harness import machine, percentile, save, table
 from .texts import Text, engine, models, prompts, read
 
-#: A conversation's answer: with much shorter texts most of the time goes into prompts, and what is compared is their number.
-SLOTS, READERS, TOKENS = 8, 12, 192
-SHARES = (0.0, 0.1, 0.3, 0.6)
+SLOTS, READERS = 8, 12
+#: An answer in a conversation: with much shorter ones most of the time goes into prompts, and what is compared is their number.
+#: They differ: texts that all begin and end together need fewer blocks of attention, until somebody leaves.
+SHORTEST, LONGEST = 96, 288
+SHARES = (0.1, 0.3, 0.6)
+LOADS = ("calm", "leaving", "control")
+#: The measured time is cut into so many parts, to see how far they differ.
+PARTS = 4
 CLAIM = 0.97
 
 
+@dataclass(frozen=True)
+class Reading:
+    """Of one load, up to now."""
+
+    tokens: int  #: read by somebody who was there
+    seconds: float  #: of the device
+    wasted: float  #: of these
+
+
 @dataclass
-class Tally:
-    """What one setting has come to."""
+class Load:
+    """One of the three."""
 
-    tokens: list[float] = field(default_factory=list)  #: a second that were read by somebody live, of each round
-    neighbours: list[float] = field(default_factory=list)  #: seconds between tokens of those who stayed
-    useful: float = 0.0  #: device seconds
-    wasted: float = 0.0
-    tokens_read: int = 0
+    name: str
+    model: ScheduledModel
+    texts: list[tuple[Text, bool]] = field(default_factory=list)  #: and whether its reader stays
+    readings: list[Reading] = field(default_factory=list)
+
+    def look(self) -> None:
+        schedule = engine(self.model).schedule
+        spent = schedule.useful_seconds + schedule.wasted_seconds + schedule.unpaid_seconds
+        self.readings.append(Reading(sum(len(text.tokens) for text, _ in self.texts), spent, schedule.wasted_seconds))
+
+    def rate(self, part: int | None = None) -> float:
+        """Tokens by second of device time."""
+        first, last = (0, -1) if part is None else (part, part + 1)
+        return (self.readings[last].tokens - self.readings[first].tokens) / (
+            self.readings[last].seconds - self.readings[first].seconds
+        )
+
+    def wasted(self) -> float:
+        """Of its device time."""
+        first, last = self.readings[0], self.readings[-1]
+        return (last.wasted - first.wasted) / (last.seconds - first.seconds)
+
+    def gaps(self) -> list[float]:
+        """Seconds between tokens of those who stayed."""
+        stayed = [text.at for text, stays in self.texts if stays]
+        return [after - at for times in stayed for at, after in itertools.pairwise(times) if after - at > 1e-4]
 
 
-def plan(share: float, seed: int) -> Iterator[tuple[int, int | None]]:
-    """Of each text, in order: which prompt, and after how many tokens its reader walks away, if at all."""
-    rng = np.random.default_rng(seed)
+def plan(share: float) -> Iterator[tuple[int, int, int | None]]:
+    """Of each text, in order: which prompt, how many tokens, and after how many its reader walks away, if at all."""
+    rng = np.random.default_rng(0)
     for number in itertools.count():
         leaves = rng.random() < share
-        after = int(rng.integers(1, TOKENS))
-        yield number, after if leaves else None
+        tokens = int(rng.integers(SHORTEST, LONGEST + 1))
+        after = int(rng.integers(1, tokens))
+        yield number, tokens, after if leaves else None
 
 
-async def one_round(
-    model: ScheduledModel,
-    asked: list[np.ndarray],
-    texts: Iterator[tuple[int, int | None]],
-    seconds: float,
-    tally: Tally,
-    *,
-    control: bool,
-) -> None:
-    # The device still works for those who were cancelled with the last round.
-    while any(instance.batch is not None for instance in model.instances):  # noqa: ASYNC110 - from outside
-        await trio.sleep(0.001)
-    before = engine(model).schedule
-    read_texts: list[tuple[Text, bool]] = []
-    began = time.perf_counter()
-
-    async def reader() -> None:
-        while True:
-            number, after = next(texts)
-            text = Text()
-            read_texts.append((text, after is None))
-            prompt = asked[number % len(asked)]
-            if control or after is None:
-                await read(model, prompt, after or TOKENS, text)
-            else:
-                await read(model, prompt, TOKENS, text, leave_after=after)
-
-    async with trio.open_nursery() as nursery:
-        for _ in range(READERS):
-            nursery.start_soon(reader, name="reader")  # Owner: this nursery; cancelled when the round has ended.
-        await trio.sleep(seconds)
-        after_round = engine(model).schedule  # before those who read now are cancelled with the round
-        nursery.cancel_scope.cancel(reason="the round has ended")
-    # Without the first second, in which the slots fill, and what was read when the round had ended.
-    start, stop = began + 1.0, began + seconds
-    count = sum(start <= at < stop for text, _ in read_texts for at in text.at)
-    tally.tokens.append(count / (stop - start))
-    for text, stays in read_texts:
-        if stays:
-            tally.neighbours += [after - at for at, after in itertools.pairwise(text.at) if after - at > 1e-4]
-    tally.useful += after_round.useful_seconds - before.useful_seconds
-    tally.wasted += after_round.wasted_seconds - before.wasted_seconds
-    tally.tokens_read += sum(len(text.tokens) for text, _ in read_texts)
+async def reader(load: Load, asked: list[np.ndarray], texts: Iterator[tuple[int, int, int | None]]) -> None:
+    while True:
+        number, tokens, after = next(texts)
+        text = Text()
+        load.texts.append((text, after is None))
+        prompt = asked[number % len(asked)]
+        if load.name == "control" or after is None:
+            await read(load.model, prompt, after or tokens, text)
+        else:
+            await read(load.model, prompt, tokens, text, leave_after=after)
 
 
-async def measure(shares: tuple[float, ...], rounds: int, seconds: float) -> tuple[list[list[object]], float]:
+async def side_by_side(loads: list[Load], share: float, warm: float, seconds: float) -> None:
     asked = prompts(64, tokens=30)
-    tallies: dict[tuple[float, bool], Tally] = {}
-    with models(shared={"slots": SLOTS, "context": 256, "prefill_chunk": "64", "ladder": "1"}) as root:
-        async with open_server(root) as server:
-            model = server.model("shared")
-            assert isinstance(model, ScheduledModel)
-            await one_round(model, asked, plan(0.0, 0), 4.0, Tally(), control=False)
-            for number in range(rounds):
-                for share in shares:
-                    for control in (False, True) if share else (False,):
-                        tally = tallies.setdefault((share, control), Tally())
-                        await one_round(model, asked, plan(share, number), seconds, tally, control=control)
+    async with trio.open_nursery() as nursery:
+        for load in loads:
+            texts = plan(0.0 if load.name == "calm" else share)
+            for _ in range(READERS):
+                nursery.start_soon(reader, load, asked, texts, name="reader")  # Owner: this nursery; cancelled below.
+        await trio.sleep(warm)
+        for load in loads:
+            load.look()
+        for _ in range(PARTS):
+            await trio.sleep(seconds / PARTS)
+            for load in loads:
+                load.look()
+        nursery.cancel_scope.cancel(reason="that was long enough")
+    # The device still works for those who were cancelled with it.
+    while any(instance.batch is not None for load in loads for instance in load.model.instances):  # noqa: ASYNC110
+        await trio.sleep(0.001)
+
+
+async def measure(shares: tuple[float, ...], warm: float, seconds: float) -> tuple[list[list[object]], float]:
     rows: list[list[object]] = []
-    without = percentile(tallies[0.0, False].neighbours, 50)
     at_30 = float("nan")
-    for share in shares:
-        mine, control = tallies[share, False], tallies.get((share, True), tallies[share, False])
-        # Of neighbouring rounds: what the machine does meanwhile is then in both.
-        ratio = percentile([a / b for a, b in zip(mine.tokens, control.tokens, strict=True)], 50)
-        plain = percentile([a / b for a, b in zip(mine.tokens, tallies[0.0, False].tokens, strict=True)], 50)
-        if share == 0.3:
-            at_30 = plain
-        rows.append(
-            [
-                f"{share:.0%}",
-                round(percentile(mine.tokens, 50), 1),
-                round(percentile(control.tokens, 50), 1) if share else "–",
-                round(plain, 3) if share else "–",
-                round(ratio, 3) if share else "–",
-                round((mine.tokens_read / mine.useful) / (control.tokens_read / control.useful), 3) if share else "–",
-                round(100 * mine.wasted / (mine.useful + mine.wasted), 2),
-                round(percentile(mine.neighbours, 50) * 1e3, 1),
-                round(percentile(mine.neighbours, 99) * 1e3, 1),
-                round(percentile(mine.neighbours, 50) / without, 2),
-            ]
-        )
+    with models(**{name: {"slots": SLOTS, "context": 384} for name in LOADS}) as root:
+        async with open_server(root) as server:
+
+            def load(name: str) -> Load:
+                model = server.model(name)
+                assert isinstance(model, ScheduledModel)
+                return Load(name, model)
+
+            for share in shares:
+                calm, leaving, control = loads = [load(name) for name in LOADS]
+                await side_by_side(loads, share, warm, seconds)
+                alone = load("leaving")
+                await side_by_side([alone], share, warm / 4, seconds / 4)
+                parts = [leaving.rate(part) / calm.rate(part) for part in range(PARTS)]
+                ratio = leaving.rate() / calm.rate()
+                if share == 0.3:
+                    at_30 = ratio
+                middle = percentile(calm.gaps(), 50)
+                rows.append(
+                    [
+                        f"{share:.0%}",
+                        *(round(load.rate(), 1) for load in loads),
+                        round(ratio, 3),
+                        f"{min(parts):.3f} to {max(parts):.3f}",
+                        round(leaving.rate() / control.rate(), 3),
+                        round(100 * alone.wasted(), 2),
+                        round(percentile(leaving.gaps(), 50) / middle, 3),
+                        round(percentile(leaving.gaps(), 99) / percentile(calm.gaps(), 99), 3),
+                    ]
+                )
     return rows, at_30
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=25.0, help="of each setting in each round")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of cancelled texts; with 0")
+    parser.add_argument("--seconds", type=float, default=180.0, help="that are measured of each share")
+    parser.add_argument(
+        "--warm", type=float, default=40.0, help="before them, until texts begin and end at different times"
+    )
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of cancelled texts")
     args = parser.parse_args()
     before = machine() | {"device": str(jax.devices()[0])}
-    rows, at_30 = trio.run(measure, tuple(args.shares), args.rounds, args.seconds)
+    rows, at_30 = trio.run(measure, tuple(args.shares), args.warm, args.seconds)
     header = [
         "cancelled",
-        "tokens/s",
-        "control, tokens/s",
-        "against no cancels",
-        "against the control",
-        "the same, per useful device second",
-        "device time wasted, %",
-        "neighbours' next token p50 ms",
-        "p99 ms",
-        "p50 against no cancels",
+        "calm, tokens by device second",
+        "leaving",
+        "control",
+        "leaving × calm",
+        f"in {PARTS} parts of the time",
+        "leaving × control",
+        "device time wasted alone, %",
+        "neighbours' next token, p50 × calm",
+        "p99 × calm",
     ]
     text = (
-        f"{SLOTS} slots, {READERS} readers, texts of {TOKENS} tokens, median of {args.rounds} rounds of {args.seconds:g} s. "
-        "Tokens are those that were read by somebody who was there; the control has the same texts, ended by their limits.\n\n"
+        f"{SLOTS} slots, {READERS} readers, texts of {SHORTEST} to {LONGEST} tokens; calm, leaving and control side by side for "
+        f"{args.seconds:g} s. Tokens are those that were read by somebody who was there; the control has the same texts as "
+        "leaving, ended by their limits.\n\n"
         + table(header, rows)
         + f"\n\n- {'PASS' if at_30 >= CLAIM else 'FAIL'}: with 30% cancels, tokens/s is {at_30:.3f} of the rate without "
-        f"cancelling (at least {CLAIM})"
+        f"cancels (at least {CLAIM})"
     )
     save("leaving", "python -m bench leaving", {"header": header, "rows": rows, "ratio_at_30": at_30}, text, before)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,7 +29,7 @@ def weights() -> Path:
 
 
 @contextmanager
-def models(**variants: dict[str, object]) -> Iterator[Path]:
+def models(**variants: Mapping[str, object]) -> Iterator[Path]:
     """A repository with the model under several names, each with its own parameters."""
     weights()
     with TemporaryDirectory() as folder:
