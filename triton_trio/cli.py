@@ -44,12 +44,13 @@ UNSUPPORTED = {
     "there is nothing like it in this server": (
         "cache-directory backend-directory repoagent-directory pinned-memory-pool-byte-size "
         "cuda-memory-pool-byte-size cuda-virtual-address-size buffer-manager-thread-count "
-        "model-load-thread-count model-load-retry-count model-load-gpu-limit model-namespacing "
+        "model-config-name model-load-thread-count model-load-retry-count model-load-gpu-limit model-namespacing "
         "enable-peer-access host-policy min-supported-compute-capability repository-poll-secs "
         "grpc-infer-thread-count grpc-infer-allocation-pool-size grpc-max-response-pool-size "
         "reuse-grpc-port grpc-restricted-protocol grpc-header-forward-pattern grpc-http2-max-pings-without-data "
         "grpc-http2-min-recv-ping-interval-without-data grpc-http2-max-ping-strikes "
-        "allow-vertex-ai allow-sagemaker"
+        "allow-vertex-ai vertex-ai-port vertex-ai-thread-count vertex-ai-default-model "
+        "allow-sagemaker sagemaker-port sagemaker-safe-port-range sagemaker-thread-count"
     ),
 }
 
