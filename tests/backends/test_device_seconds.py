@@ -7,12 +7,24 @@ from pathlib import Path
 
 import pytest
 import trio
+import trio.testing
 
 import triton_trio
 from triton_trio.backends.jax import JaxBackend
 from triton_trio.testing.device import DeviceGate
 
-from .world import COUNTDOWN, COUNTDOWN_CONFIG, Run, countdown, open_world, until, write_model
+from .world import (
+    COUNTDOWN,
+    COUNTDOWN_CONFIG,
+    TICKER,
+    TICKER_CONFIG,
+    Run,
+    countdown,
+    open_world,
+    ticks,
+    until,
+    write_model,
+)
 
 #: The same arithmetic in each of the three forms.
 APPLY = """
@@ -174,3 +186,44 @@ async def test_law_16_the_models_counters_have_the_same_sum(tmp_path: Path) -> N
             assert (
                 min(counters.device_seconds_useful, counters.device_seconds_wasted, counters.device_seconds_saved) > 0
             )
+
+
+async def test_who_left_before_the_program_was_dispatched_has_had_no_step(tmp_path: Path) -> None:
+    """Timeline: a program is on the device and another in line; a leaves that one, and then it runs for b."""
+    gate = DeviceGate()
+    context = write_model(tmp_path, APPLY, COUNTDOWN_CONFIG, max_batch_size=2, buckets=2)
+    async with open_world(context, gate=gate) as world:
+        async with world.running([countdown(1)]):
+            await gate.wait_dispatched(1)
+            async with world.running([countdown(1), countdown(1)]) as run:
+                await trio.testing.wait_all_tasks_blocked()
+                run.cancel(0)
+                gate.open()
+        a, b = run.batch.members
+        assert (a.steps_after_cancel, b.steps_after_cancel) == (0, 0)
+        assert a.wasted_seconds == 0 < b.useful_seconds
+
+
+@pytest.mark.parametrize("form", FORMS)
+async def test_law_16_a_cancelled_execution_is_counted_in_every_form(tmp_path: Path, form: str) -> None:
+    gate = DeviceGate()
+    context = write_model(tmp_path, FORMS[form], COUNTDOWN_CONFIG, max_batch_size=2, buckets=2, ladder=1)
+    async with open_world(context, gate=gate) as world:
+        async with world.running([countdown(9), countdown(9)]) as run:
+            await gate.wait_dispatched(1)
+            run.cancel(0, 1)
+            gate.open()
+        assert (world.placed.executions, world.placed.cancels) == (1, 1)
+
+
+async def test_law_16_an_execution_that_is_cancelled_while_every_row_is_parked_is_counted(tmp_path: Path) -> None:
+    context = write_model(tmp_path, TICKER, TICKER_CONFIG, max_batch_size=1, ladder=2)
+    async with open_world(context) as world:
+        async with world.running([ticks(50)], read=False) as run:
+            (request,) = run.requests
+            with trio.CancelScope() as scope, request:
+                await until(lambda: not request.can_send)
+                await trio.testing.wait_all_tasks_blocked(0.01)
+                scope.cancel()
+                await trio.sleep_forever()
+        assert (world.placed.executions, world.placed.cancels) == (1, 1)

@@ -212,7 +212,7 @@ async def test_a_program_that_fails_leaves_every_state_as_it_was(tmp_path: Path)
         model, instance = server.model("m"), jax_instance(server)
         await answer(model, 1, 1, "start")
         await answer(model, 2, 2, "start")
-        (programs,) = instance._placed._sets.values()
+        (programs,) = instance._placed.program_sets()
         apply, programs.apply = programs.apply, broken
         with pytest.raises(InternalError, match="out of luck"):
             await answer(model, 1, 10)

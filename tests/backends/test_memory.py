@@ -41,7 +41,7 @@ async def test_every_byte_of_the_carry_is_reused_from_chunk_to_chunk(
     context = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, buckets=8, ladder="1,4")
     async with open_world(context) as world:
         ((placed, _),) = world.model._placed.values()
-        (programs,) = placed._sets.values()
+        (programs,) = placed.program_sets()
         for chunk in programs.chunks.values():
             assert chunk.memory_analysis().alias_size_in_bytes == 8 * (3 * 4 + 4 + 4)  # type: ignore[attr-defined]
         assert programs.not_donated == ""

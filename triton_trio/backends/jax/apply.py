@@ -62,6 +62,8 @@ class ApplyTurn(Turn):
                 self._states.put(outputs, [(slot.member, slot.rows) for slot in self._taken], self._programs.bucket)
         finally:
             for slot in self._taken:
+                # Counted here, as in a step model: the member had left before the program ended.
+                slot.member.steps_after_cancel += slot.member.left_at is not None
                 slot.busy -= 1
 
     def failed(self) -> None:
@@ -87,8 +89,6 @@ async def execute_apply(placed: PlacedModel, batch: Batch, states: StateStore | 
     finally:
         if turn.seconds:
             share(batch, turn.members, turn.seconds)
-            for slot in slots:
-                slot.member.steps_after_cancel += slot.member.left_at is not None
         for slot in slots:
             had = slot.member in turn.members
             placed.typical.settle(slot.member, int(had), completed=had and not turn.failure)

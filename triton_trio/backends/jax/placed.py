@@ -93,7 +93,7 @@ class PlacedModel:
         self.states_on_device = {} if self.layout is None else self.layout.shapes  #: inputs that requests do not bring
         self._context = context
         self._builder: ProgramBuilder | None = None
-        self._sets: OrderedDict[tuple[int, RowShapes], ProgramSet] = OrderedDict()
+        self._sets: OrderedDict[RowShapes, dict[int, ProgramSet]] = OrderedDict()  #: by bucket; last, who was last used
         self._checked: set[RowShapes] = set()
         self._compiling = trio.Lock()
         self._loaded = False
@@ -129,7 +129,7 @@ class PlacedModel:
                     None if found.controller.step_seconds is None else found.controller.step_seconds * 1e3,
                     found.controller.target * 1e3,
                 )
-                for found in self._sets.values()
+                for found in self.program_sets()
             ),
         )
 
@@ -144,8 +144,8 @@ class PlacedModel:
         self._executions += 1
         try:
             yield
-        except trio.Cancelled:
-            self._cancels += 1
+        except BaseException as exc:
+            self._cancels += not isinstance(exc, Exception)  # a nursery inside makes a group of it
             raise
         finally:
             self.account(batch.members)
@@ -276,25 +276,29 @@ class PlacedModel:
         """
         return await self._program_set(self.options.bucket(batch.rows if self.batched else 1), self._shapes(batch))
 
+    def program_sets(self) -> Iterator[ProgramSet]:
+        """All that are kept."""
+        return (found for sets in self._sets.values() for found in sets.values())
+
     def smaller_sets(self, batch: Batch, bucket: int) -> dict[int, ProgramSet]:
         """The compiled programs for this batch's shape below ``bucket``, by their buckets; compiles nothing."""
-        shapes = self._shapes(batch)
-        return {key[0]: found for key, found in self._sets.items() if key[0] < bucket and key[1] == shapes}
+        sets = self._sets[self._shapes(batch)]
+        return {smaller: found for smaller, found in sets.items() if smaller < bucket}
 
     def _shapes(self, batch: Batch) -> RowShapes:
         return row_shapes(batch, self.config.inputs, self.states_on_device, batched=self.batched)
 
     async def _program_set(self, bucket: int, shapes: RowShapes) -> ProgramSet:
-        key = (bucket, shapes)
-        found = self._sets.get(key)
+        found = self._sets.get(shapes, {}).get(bucket)
         if found is None:
             async with self._compiling:
-                found = self._sets.get(key)
+                found = self._sets.get(shapes, {}).get(bucket)
                 if found is None:
-                    found = self._sets[key] = await self._build(bucket, shapes)
-                    if static_shapes(self.config.inputs) is None and len(self._sets) > self.options.shapes:
-                        self._sets.popitem(last=False)
-        self._sets.move_to_end(key)
+                    found = await self._build(bucket, shapes)
+                    self._sets.setdefault(shapes, {})[bucket] = found
+        self._sets.move_to_end(shapes)
+        if len(self._sets) > self.options.shapes:  # all buckets of the one that has not been used for longest
+            self._sets.popitem(last=False)
         return found
 
     async def _build(self, bucket: int, shapes: RowShapes) -> ProgramSet:
@@ -317,7 +321,7 @@ class PlacedModel:
 
     def check_memory(self) -> None:
         """For another instance on this device, which may have a batch of its own there; raises as :meth:`load`."""
-        for programs in self._sets.values():
+        for programs in self.program_sets():
             self._check_memory(programs)
 
     def _check_memory(self, programs: ProgramSet) -> None:
