@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import trio
 
-from triton_trio.errors import InternalError
+from triton_trio.errors import InternalError, InvalidArgument
 from triton_trio.request import RESPONSE_BUFFER
 from triton_trio.testing.device import DeviceGate
 
@@ -139,13 +139,15 @@ async def test_variable_dims_compile_when_first_seen(tmp_path: Path) -> None:
     async with open_world(write_model(tmp_path, code, config, max_batch_size=2, shapes=2)) as world:
         assert world.placed.compiles == 0
         for shape in (3, 5, 3, 5):
-            ((response,),) = await world.execute({"X": np.ones((1, shape), np.float32)})
-            assert response["Y"].tolist() == [[2.0] * shape]
-        assert world.placed.compiles_for_shapes == 2
-        await world.execute({"X": np.ones((1, 7), np.float32)})
-        assert [bucket.bucket for bucket in world.placed.buckets] == [1, 1]  # the cache is bounded
-        await world.execute({"X": np.ones((1, 3), np.float32)})
+            for rows in (1, 2):
+                ((response,),) = await world.execute({"X": np.ones((rows, shape), np.float32)})
+                assert response["Y"].tolist() == [[2.0] * shape] * rows
         assert world.placed.compiles_for_shapes == 4
+        await world.execute({"X": np.ones((1, 7), np.float32)})
+        assert [bucket.bucket for bucket in world.placed.buckets] == [1, 2, 1]  # of 5 and 7: the cache is bounded
+        await world.execute({"X": np.ones((2, 3), np.float32)})
+        assert [bucket.bucket for bucket in world.placed.buckets] == [1, 2]  # of 7 and 3
+        assert world.placed.compiles_for_shapes == 6
         assert world.placed.compiles_after_load == 0
 
 
@@ -332,6 +334,27 @@ async def test_an_explicit_member_that_fails_fails_alone(tmp_path: Path) -> None
         assert list(run.errors) == [1]
         assert str(run.errors[1]) == "model 'm': run() failed: ValueError: negative"
         assert run.error is None
+
+
+async def test_a_function_that_calls_back_is_the_models_mistake_at_a_request_too(tmp_path: Path) -> None:
+    code = """
+        import jax, numpy as np
+
+        def calls_back(x):
+            return jax.pure_callback(np.asarray, x, x)
+
+        async def run(ctx, params, inputs):
+            x = inputs["X"]
+            return {"Y": await ctx.run(calls_back, x) if x.any() else x}
+    """
+    text = r"ctx.run: calls_back\(\) calls back into Python"
+    async with open_world(write_model(tmp_path, code, VECTOR)) as world:
+        with pytest.raises(InternalError, match=text):
+            await world.execute(vector([1, 2, 3]))
+        assert (await world.execute(vector([0, 0, 0])))[0][0]["Y"].tolist() == [[0, 0, 0]]
+    with pytest.raises(InvalidArgument, match=text):
+        async with open_world(write_model(tmp_path, code.replace("if x.any() else x", ""), VECTOR)):
+            pass
 
 
 async def test_explicit_decoupled_model_sends(tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ class FunctionCache:
             traced = jax.jit(fenced, donate_argnums=_donated(function, avals)).trace(*avals)
             problem = callback_problem(traced.jaxpr.jaxpr)
             if problem:
-                raise InvalidArgument(f"{self._placed.name}: ctx.run: {_function_name(function)}() {problem}")
+                # Whatever the request was: the mistake is the model's.
+                raise InternalError(f"{self._placed.name}: ctx.run: {_function_name(function)}() {problem}")
             compiled.append(traced.lower().compile())
 
         await self._placed.compile(job, new_shape=new_shape)

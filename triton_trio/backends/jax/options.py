@@ -40,9 +40,11 @@ class JaxOptions:
         programs round differently.  ``max_batch_size`` keeps every batch in the bucket where it began.
     ``join``
         ``false``: queued requests do not join a running batch.  By default they do, with ``dynamic_batching``: they take
-        rows that nobody needs any more, of the bucket where the batch is.
+        rows that nobody needs any more, of the bucket where the batch is.  Nobody joins in a process of its own
+        (``worker_process``).
     ``shapes``
-        for models with variable dims: for how many different shapes compiled programs are kept, 16 by default.
+        for models with variable dims: for how many different shapes compiled programs are kept, 16 by default.  Each
+        may have them in every bucket.
     ``warmup``
         ``false``: do not run the model on zeros when it is loaded: an explicit model once, to compile its programs, and
         a step model's first chunks, to measure them.
@@ -59,7 +61,7 @@ class JaxOptions:
         ``true``: the model is in a process of its own, so that neither the server's busy event loop nor another model's
         delays its device, and what takes the process down takes this model's executions and nothing else.  A device
         that hangs is then replaced, with the process.  An execution costs some tenths of a millisecond more, and so does
-        every MiB of tensors.  Also for a language model.
+        every MiB of tensors; and queued requests do not join a running batch.  Also for a language model.
     ``x64``
         ``true`` or ``false``: JAX's 64-bit mode for this model; by default on if a tensor is FP64, INT64 or UINT64,
         which the correlation ID of a sequence may be, too.
