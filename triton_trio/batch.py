@@ -50,7 +50,8 @@ class Batch:
       on_rescheduled: told of a member that the model wants to see again.
       hand: gets every response and failure to pass on, in preserve_ordering's order; None passes them on at once.
       on_released: told when a member's device resources are free.
-      on_abandoned: told when the last member has left and the execution has been cancelled.
+      on_abandoned: told when nobody waits for the execution any more: the last member has left, and it has been cancelled, or
+        they were all served, and a program is still out.
       on_ended: told when nothing is left to do or to count for a cohort, of its members.
       joining: whom :meth:`join` asks; None: nobody joins.
     """
@@ -245,6 +246,10 @@ class Batch:
         members that left meanwhile are no longer :attr:`Member.live`.
         """
         await trio.lowlevel.checkpoint()
+
+    def watch_release(self) -> None:
+        """Nobody waits any more, and the device has yet to let go: its time is limited from now on, as after a cancel."""
+        self._on_abandoned(self)
 
     def charge(self, member: Member, seconds: float, *, wasted: bool | None = None) -> None:
         """``member`` has had ``seconds`` of device time; ``wasted`` if it had left by then, which by default is by now."""

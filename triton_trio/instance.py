@@ -243,7 +243,7 @@ class ModelInstance:
             await released.wait()
         if released.is_set():
             return
-        what = f"its device did not let go within {self._release_limit:.1f} s of a cancel"
+        what = f"its device did not let go within {self._release_limit:.1f} s, and nobody waits for it"
         self._backend.abandon()
         if self._backend.availability is None or self._backend.availability.why:
             self._quarantine(what)

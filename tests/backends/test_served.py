@@ -130,6 +130,24 @@ async def test_b5_a_device_that_hangs_quarantines_its_instances_of_every_model(t
         gate.open()
 
 
+async def test_b5_a_device_that_hangs_behind_the_last_answer_quarantines_its_instance(tmp_path: Path) -> None:
+    """That all are done is known when the next chunk is on the device already; no cancel will come for it."""
+    write_model(tmp_path, TICKER, TICKER_CONFIG, max_batch_size=1, ladder=1)
+    gate = DeviceGate()
+    with trio.fail_after(30):
+        async with triton_trio.open_server(
+            tmp_path, backends={"jax": lambda: JaxBackend(executor=gate.executor)}, release_limit=0.05
+        ) as server:
+            model = server.model("m")
+            async with model.open_responses(ticks(1)) as responses:
+                await gate.wait_dispatched(2)
+                gate.let_end()
+                assert [r.outputs["MADE"].item() async for r in responses if r.outputs] == [1]
+            assert gate.ended < gate.dispatched
+            await until(lambda: not model.ready)
+        gate.open()
+
+
 async def test_steps_and_their_answers_are_right_for_many_clients(tmp_path: Path) -> None:
     write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG + BATCHING, max_batch_size=4, ladder="1,2,4,8")
     with trio.fail_after(30):

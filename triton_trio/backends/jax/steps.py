@@ -322,6 +322,8 @@ async def execute_steps(placed: PlacedModel, batch: Batch, states: StateStore | 
                 await batch.checkpoint()
                 for slot in plan.slots:
                     slot.release_if_left()
+            if job.outstanding:
+                batch.watch_release()  # everybody is served, so nobody's cancel would bound that wait
     finally:
         plan.drop()
         for late in job.leftover():
