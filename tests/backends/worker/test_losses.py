@@ -54,6 +54,27 @@ async def test_law_6_a_worker_that_does_not_let_go_is_killed_and_the_queue_serve
             assert (hosted.open_models, hosted.open_instances) == (1, 2)
 
 
+async def test_law_6_a_worker_that_does_not_let_go_behind_its_last_answer_is_killed(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    hosted = ScriptedBackend()
+    async with workers(tmp_path, PLAIN, hosted, release_limit=7) as (server, backend):
+        async with calling(server.model("m")) as callers:
+            a, b = [await callers.call(label) for label in "ab"]
+            first = await hosted.wait_execution()
+            first.emit(final=True)
+            await a.ended.wait()
+            assert a.outcome is Outcome.OK
+            began = trio.current_time()
+            first.call(lambda: first.batch and first.batch.watch_release())  # and it never returns
+            second = await hosted.wait_execution(1)
+            assert trio.current_time() - began >= 7
+            assert backend.children[0].killed
+            second.finish()
+            await b.ended.wait()
+            assert b.outcome is Outcome.OK
+
+
 @pytest.mark.parametrize(
     ("code", "how"),
     [

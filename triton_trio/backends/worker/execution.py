@@ -18,6 +18,7 @@ from .messages import (
     Fail,
     Finish,
     Leave,
+    Lingers,
     Message,
     Part,
     Released,
@@ -136,6 +137,8 @@ class RemoteExecution:
             case Released(_, index, steps):
                 self._members[index].steps_after_cancel = steps
                 self._members[index].release()
+            case Lingers():
+                self.batch.watch_release()
             case Ended():
                 self._end(message)
 

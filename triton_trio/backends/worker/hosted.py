@@ -16,7 +16,7 @@ from ...errors import TritonError
 from ...lifecycle import Event
 from ...request import RESPONSE_BUFFER, InferenceRequest, NullRequest, ParameterValue, Place
 from ...scopes import Reason
-from .messages import Account, Ended, Execute, Fail, Finish, Part, Released, Reschedule, Respond, write_error
+from .messages import Account, Ended, Execute, Fail, Finish, Lingers, Part, Released, Reschedule, Respond, write_error
 
 if TYPE_CHECKING:
     from ...request import Array
@@ -121,6 +121,9 @@ class HostedBatch(Batch):
             self._serve(member)
         elif isinstance(member.request, HostedRequest):
             member.request.sent()
+
+    def watch_release(self) -> None:
+        self._connection.post(Lingers(self._number))
 
     def finish(self, member: Member) -> None:
         if member.live:

@@ -187,6 +187,13 @@ class Released(Message):
     steps_after_cancel: int
 
 
+@dataclass(frozen=True, slots=True)
+class Lingers(Message):
+    """Everybody is served, and the device has yet to let go."""
+
+    execution: int
+
+
 class Account(NamedTuple):
     """What a member has had of the device, in seconds."""
 

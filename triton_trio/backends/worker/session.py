@@ -22,6 +22,7 @@ from .messages import (
     GivenUp,
     Hello,
     InstanceOpened,
+    Lingers,
     Log,
     Look,
     Message,
@@ -174,7 +175,7 @@ class Session:
 
     def _receive(self, message: Message) -> None:
         match message:
-            case Respond() | Finish() | Reschedule() | Fail() | Released() | Ended():
+            case Respond() | Finish() | Reschedule() | Fail() | Released() | Lingers() | Ended():
                 execution = self.executions.get(message.execution)
                 if execution is not None:
                     execution.receive(message)
