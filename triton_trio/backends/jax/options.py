@@ -50,8 +50,8 @@ class JaxOptions:
         a step model's first chunks, to measure them.
     ``device_memory_limit_mb``
         MiB on a device that the parameters and one batch for each instance there may take.  A bucket whose programs, by
-        XLA's account, need more is refused when it is compiled: at load, or with variable dims at the request.  No
-        limit by default.
+        XLA's account, need more is refused when it is compiled: at load, or with variable dims at the request.  Not for a
+        model with explicit checkpoints, whose programs are not known.  No limit by default.
     ``state_on_device``
         ``false``: the states of ``sequence_batching`` go through the host with each request.  By default they stay on the
         device: one array for each state, of as many rows as an instance has sequences at a time and one more, made at
