@@ -29,7 +29,7 @@ from .backends.jax.generation.loading import Loader
 from .backends.jax.generation.options import TextOptions
 from .backends.jax.generation.weights import open_checkpoint
 from .config import load_model_config
-from .errors import TritonError
+from .errors import InvalidArgument, TritonError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -43,7 +43,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     args, rest = parser.parse_known_args(argv)
     if args.process and rest:
         parser.error(f"only process 0 takes the server's flags, got {' '.join(rest)}")
-    hosts = join(args.coordinator, args.processes, args.process, port=args.plan_port)
+    try:
+        hosts = join(args.coordinator, args.processes, args.process, port=args.plan_port)
+    except InvalidArgument as exc:
+        parser.error(exc.message)
     if args.process == 0:
         return cli.main(rest)
     try:

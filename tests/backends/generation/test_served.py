@@ -171,6 +171,7 @@ async def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
             (asks([3], temperature=float("nan")), "temperature must be 0 or more, got nan"),
             (asks([3], top_p=1.5), "top_p must be between 0 and 1, got 1.5"),
             (asks([3], stop=[b""]), "a stop string is empty"),
+            ({"messages": np.array([b"[" * 100_000], object)}, "messages is not JSON: maximum recursion depth"),
         ):
             with pytest.raises(InvalidArgument, match=words):
                 await served.make(inputs)

@@ -12,6 +12,7 @@ import trio.testing
 from hypothesis import given
 from hypothesis import strategies as st
 
+from triton_trio import several_hosts
 from triton_trio.backends.jax.generation.follower import connect, follow
 from triton_trio.backends.jax.generation.leader import LAG, greet_followers
 from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
@@ -140,14 +141,26 @@ async def test_the_leader_waits_for_each_process_and_lets_nobody_else_in(
 ) -> None:
     strangers = [b"GET / HTTP/1.1", PLAN.hello(7), b""]
     found = await greet_followers(
-        Door(*strangers, PLAN.hello(2), PLAN.hello(2), PLAN.hello(1)), PLAN, [1, 2], within=60
+        [Door(*strangers, PLAN.hello(2), PLAN.hello(2), PLAN.hello(1))], PLAN, [1, 2], within=60
     )
     assert sorted(found) == ["process 1", "process 2"]
     assert len(caplog.records) == 4
     with pytest.raises(Unavailable, match="no word from process 2, 3 within 60 s"):
-        await greet_followers(Door(PLAN.hello(1)), PLAN, [1, 2, 3], within=60)
+        await greet_followers([Door(PLAN.hello(1))], PLAN, [1, 2, 3], within=60)
     with pytest.raises(PlanBroken, match="process 1 has another model"):
-        await greet_followers(Door(PlanFormat(SPEC, (CHUNK,), (1,)).hello(1)), PLAN, [1], within=60)
+        await greet_followers([Door(PlanFormat(SPEC, (CHUNK,), (1,)).hello(1))], PLAN, [1], within=60)
+
+
+async def test_a_process_may_come_to_any_address_of_the_leader(autojump_clock: trio.testing.MockClock) -> None:
+    found = await greet_followers([Door(), Door(PLAN.hello(2)), Door(PLAN.hello(1))], PLAN, [1, 2], within=60)
+    assert sorted(found) == ["process 1", "process 2"]
+
+
+def test_an_address_that_is_none_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        several_hosts.main(["--coordinator=foo", "--processes=2", "--process=0", "--model=there"])
+    assert caught.value.code == 2
+    assert "the coordinator is HOST:PORT of process 0, got 'foo'" in capsys.readouterr().err
 
 
 # Hosts: each with a device, a state and delays of its own

@@ -224,3 +224,13 @@ def test_slots_that_make_no_sense_are_refused() -> None:
     ):
         with pytest.raises(InvalidArgument, match=text):
             SlotSpec(CONFIG, **arguments)
+
+
+def test_each_of_a_seeds_64_bits_counts() -> None:
+    def packed(seed: int) -> int:
+        _, numbers, _ = PromptChunk(slot=0, tokens=np.array([1]), owner=1, seed=seed).pack(SPEC, 16)
+        return int(numbers.view(np.uint32)[-1])
+
+    assert [packed(seed) for seed in (0, 5, 2**32 - 1)] == [0, 5, 2**32 - 1]
+    for seed in (0, 77, 2**64 - 1):
+        assert packed(seed) not in {packed(seed ^ 1 << bit) for bit in range(64)}

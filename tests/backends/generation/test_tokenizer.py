@@ -116,6 +116,12 @@ def test_conversations_are_chatml_unless_the_model_says_otherwise() -> None:
     [
         (None, [], "one message or more"),
         (None, [{"role": "user"}], "message 0 of the conversation has no text 'content'"),
+        (None, [*TALK, "hi"], "message 2 of the conversation is not an object with 'role' and 'content'"),
+        (
+            None,
+            [{"role": "user", "content": "\ud83d"}],
+            "the conversation is not Unicode text: .*surrogates not allowed",
+        ),
         (None, [*TALK, {"role": 3, "content": ""}], "message 2 of the conversation has no text 'role'"),
         ("{{ raise_exception('system is not allowed') }}", TALK, "refuses this conversation: system is not allowed"),
         ("{{ messages[7].content }}", TALK, "tiny.gguf: its chat template fails"),

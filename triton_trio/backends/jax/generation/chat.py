@@ -38,6 +38,10 @@ class ChatTemplate:
         if not messages:
             raise InvalidArgument("a conversation has one message or more, got none")
         for number, message in enumerate(messages):
+            if not isinstance(message, Mapping):
+                raise InvalidArgument(
+                    f"message {number} of the conversation is not an object with 'role' and 'content'"
+                )
             for key in ("role", "content"):
                 if not isinstance(message.get(key), str):
                     raise InvalidArgument(f"message {number} of the conversation has no text '{key}'")
@@ -50,6 +54,10 @@ class ChatTemplate:
             raise
         except (errors.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as exc:
             raise InvalidArgument(f"{self._where}: its chat template fails on this conversation: {exc}") from None
+        try:
+            text.encode()
+        except UnicodeEncodeError as exc:
+            raise InvalidArgument(f"the conversation is not Unicode text: {exc}") from None
         return text
 
     def _template(self) -> Any:

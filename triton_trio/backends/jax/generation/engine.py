@@ -333,7 +333,8 @@ class SlotEngine:
         self._work.set()  # for those who had not been on the device yet
 
     def _end(self, error: TritonError) -> None:
-        self._over = self._over or error
+        # A copy: the error itself would keep the frames it came through until the model is unloaded.
+        self._over = self._over or type(error)(*error.args)
         self._drop(error, everybody=True)
 
     def _drop(self, error: TritonError, *, everybody: bool) -> None:

@@ -74,7 +74,7 @@ async def lead(programs: SlotPrograms, on_lost: Callable[[str], None]) -> AsyncI
     plan = plan_of(programs)
     listeners = await trio.open_tcp_listeners(_joined.port, host=_joined.host)
     try:
-        followers = await greet_followers(listeners[0], plan, range(1, _joined.processes), within=MEETING)
+        followers = await greet_followers(listeners, plan, range(1, _joined.processes), within=MEETING)
     finally:
         for listener in listeners:
             listener.socket.close()

@@ -165,21 +165,27 @@ class Leader:
 
 
 async def greet_followers(
-    listener: trio.abc.Listener[trio.SocketStream], plan: PlanFormat, processes: Collection[int], *, within: float
+    listeners: Collection[trio.abc.Listener[trio.SocketStream]],
+    plan: PlanFormat,
+    processes: Collection[int],
+    *,
+    within: float,
 ) -> dict[str, trio.abc.Stream]:
     """Wait until each of these processes has connected and said that its programs are ready.
 
     Args:
+      listeners: wherever they may come: one for each address of this host's name.
       within: seconds for all of them.
 
     Raises:
       Unavailable: not all have come; as PlanBroken, one of them has another plan.
 
-    **Cancellation:** at any wait; connections are closed, and the listener stays open.
+    **Cancellation:** at any wait; connections are closed, and the listeners stay open.
     """
     followers: dict[int, trio.abc.Stream] = {}
     async with AsyncExitStack() as stack:
-        with trio.move_on_after(within):
+
+        async def greet(listener: trio.abc.Listener[trio.SocketStream]) -> None:
             while len(followers) < len(processes):
                 stream = await stack.enter_async_context(await listener.accept())
                 process = plan.greeted(await _first_word(stream, plan.HELLO_BYTES))
@@ -188,6 +194,13 @@ async def greet_followers(
                 else:
                     LOGGER.warning("somebody connected to the leader who is not one of processes %s", [*processes])
                     await trio.aclose_forcefully(stream)
+            nursery.cancel_scope.cancel(reason="all have come")
+
+        with trio.move_on_after(within), WithoutGroups(nurseries=1):
+            async with trio.open_nursery() as nursery:
+                for listener in listeners:
+                    # Owner: this nursery; ends when all have come, by whichever door.
+                    nursery.start_soon(greet, listener, name="door of the leader")
         missing = sorted({*processes} - {*followers})
         if missing:
             raise Unavailable(f"no word from process {', '.join(map(str, missing))} within {within:g} s")

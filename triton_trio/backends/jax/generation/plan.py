@@ -82,7 +82,7 @@ class PlanRecord:
             temperature=temperature,
             top_k=top_k,
             top_p=top_p,
-            seed=seed,
+            seed=seed & 0xFFFFFFFF,
         )
         return Program((), length=self.size, chunk=chunk)
 

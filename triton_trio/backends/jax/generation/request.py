@@ -100,9 +100,11 @@ class TextRequest:
         if not len(prompt):
             raise InvalidArgument("the prompt is empty; there is nothing to go on with")
         if len(prompt) > spec.context:
+            trained = spec.context >= spec.config.context
             raise InvalidArgument(
-                f"the prompt has {len(prompt)} tokens, and the model's context is {spec.context}; shorten it, or load the "
-                "model with a larger parameter context"
+                f"the prompt has {len(prompt)} tokens, and the model's context is {spec.context}"
+                + (", all it was trained for; " if trained else "; ")
+                + ("shorten it" if trained else "shorten it, or load the model with a larger parameter context")
             )
         vocabulary = spec.config.vocab_size
         if prompt.min() < 0 or prompt.max() >= vocabulary:
@@ -146,7 +148,7 @@ def _prompt(inputs: Mapping[str, Array], tokenizer: Tokenizer) -> np.ndarray:
         return np.array(tokenizer.encode(text), np.int32)
     try:
         messages = json.loads(text)
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InvalidArgument(f"messages is not JSON: {exc}") from None
     if not isinstance(messages, list):
         raise InvalidArgument('messages must be a JSON list: [{"role": "user", "content": "..."}]')

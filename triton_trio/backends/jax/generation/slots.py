@@ -97,7 +97,8 @@ class PromptChunk:
             raise InvalidArgument(
                 f"token ids are 0 to {spec.config.vocab_size - 1}, got {tokens.min()} to {tokens.max()}"
             )
-        seed = np.uint32(self.seed & 0xFFFFFFFF).view(np.int32)
+        # Of 64 bits, so that those beyond 32 count, too.
+        seed = np.uint32((self.seed ^ (self.seed >> 32) * 0x9E3779B1) & 0xFFFFFFFF).view(np.int32)
         numbers = [self.slot, self.start, count, self.owner, self.max_tokens, self.min_tokens, self.top_k, seed]
         return tokens, np.array(numbers, np.int32), np.array([self.temperature, self.top_p], np.float32)
 
