@@ -163,7 +163,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=1.5, help="of device time for each cell and round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cancels", type=int, default=100)
+    parser.add_argument("--cancels", type=int, default=300)
     args = parser.parse_args()
     before = machine() | {"device": f"emulated, on {jax.devices()[0]}"}
     with tempfile.TemporaryDirectory() as folder:
