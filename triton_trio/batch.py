@@ -74,6 +74,7 @@ class Batch:
         "device_seconds",
         "members",
         "name",
+        "owed_seconds",
         "scope",
     )
 
@@ -108,6 +109,7 @@ class Batch:
         self._keep_cancelled = keep_cancelled
         self._hand = hand
         self.device_seconds = 0.0
+        self.owed_seconds = 0.0  #: see :meth:`watch_release`
         #: In the order in which they came; another tuple when somebody joins, or has been retired.
         self.members: tuple[Member, ...] = ()
         self._by_request: dict[InferenceRequest, Member] = {}
@@ -247,8 +249,13 @@ class Batch:
         """
         await trio.lowlevel.checkpoint()
 
-    def watch_release(self) -> None:
-        """Nobody waits any more, and the device has yet to let go: its time is limited from now on, as after a cancel."""
+    def watch_release(self, seconds: float = 0.0) -> None:
+        """Nobody waits any more, and the device has yet to let go: its time is limited from now on, as after a cancel.
+
+        Args:
+          seconds: what is out will take, as far as the backend knows; the limit begins behind that.
+        """
+        self.owed_seconds = seconds
         self._on_abandoned(self)
 
     def charge(self, member: Member, seconds: float, *, wasted: bool | None = None) -> None:

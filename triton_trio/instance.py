@@ -231,19 +231,20 @@ class ModelInstance:
     # The watchdog
 
     def watch_release(self, batch: Batch) -> None:
-        """From now on the device has ``release_limit`` seconds to let go of ``batch``."""
+        """From now on the device has ``release_limit`` seconds to let go of ``batch``, and those that it is known to need."""
         if batch is self.batch and self._released is None:
             self._released = trio.Event()
             # Owner: the server's outermost nursery; ends when the execution has ended, or at the limit.
-            self._watchdogs.start_soon(self._watchdog, self._released, name=f"watchdog of {self.name}")
+            limit = self._release_limit + batch.owed_seconds
+            self._watchdogs.start_soon(self._watchdog, self._released, limit, name=f"watchdog of {self.name}")
 
-    async def _watchdog(self, released: trio.Event) -> None:
+    async def _watchdog(self, released: trio.Event, limit: float) -> None:
         # Shielded, for a shutdown must not cancel what bounds it; bounded by the limit itself.
-        with trio.move_on_after(self._release_limit, shield=True):
+        with trio.move_on_after(limit, shield=True):
             await released.wait()
         if released.is_set():
             return
-        what = f"its device did not let go within {self._release_limit:.1f} s, and nobody waits for it"
+        what = f"its device did not let go within {limit:.1f} s, and nobody waits for it"
         self._backend.abandon()
         if self._backend.availability is None or self._backend.availability.why:
             self._quarantine(what)

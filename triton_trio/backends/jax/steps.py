@@ -300,6 +300,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch, states: StateStore | 
     plan = StepPlan(placed, programs, batch, states)
     job = DeviceJob(placed.device, placed.name, late=placed.options.late_enqueue)
     batch.compute_infer_at = trio.current_time()
+    longest = 0.0  # seconds of a program
     try:
         async with job:
             while any(member.live for member in batch.members):
@@ -312,6 +313,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch, states: StateStore | 
                 if job.outstanding:
                     turn = await job.next()
                     assert isinstance(turn, StepTurn)
+                    longest = max(longest, turn.seconds)
                     share(batch, turn.members, turn.seconds)
                     _take(plan, turn)
                     placed.warn_if_slow(programs)
@@ -323,7 +325,8 @@ async def execute_steps(placed: PlacedModel, batch: Batch, states: StateStore | 
                 for slot in plan.slots:
                     slot.release_if_left()
             if job.outstanding:
-                batch.watch_release()  # everybody is served, so nobody's cancel would bound that wait
+                # Everybody is served, so nobody's cancel would bound that wait.
+                batch.watch_release(job.outstanding * longest)
     finally:
         plan.drop()
         for late in job.leftover():

@@ -137,8 +137,8 @@ class RemoteExecution:
             case Released(_, index, steps):
                 self._members[index].steps_after_cancel = steps
                 self._members[index].release()
-            case Lingers():
-                self.batch.watch_release()
+            case Lingers(_, seconds):
+                self.batch.watch_release(seconds)
             case Ended():
                 self._end(message)
 

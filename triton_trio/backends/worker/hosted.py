@@ -122,8 +122,8 @@ class HostedBatch(Batch):
         elif isinstance(member.request, HostedRequest):
             member.request.sent()
 
-    def watch_release(self) -> None:
-        self._connection.post(Lingers(self._number))
+    def watch_release(self, seconds: float = 0.0) -> None:
+        self._connection.post(Lingers(self._number, seconds))
 
     def finish(self, member: Member) -> None:
         if member.live:

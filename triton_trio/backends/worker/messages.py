@@ -189,9 +189,10 @@ class Released(Message):
 
 @dataclass(frozen=True, slots=True)
 class Lingers(Message):
-    """Everybody is served, and the device has yet to let go."""
+    """Everybody is served, and the device has yet to let go: see :meth:`~triton_trio.batch.Batch.watch_release`."""
 
     execution: int
+    seconds: float
 
 
 class Account(NamedTuple):
