@@ -234,8 +234,8 @@ class ModelInstance:
         """From now on the device has ``release_limit`` seconds to let go of ``batch``, and those that it is known to need."""
         if batch is self.batch and self._released is None:
             self._released = trio.Event()
-            # Owner: the server's outermost nursery; ends when the execution has ended, or at the limit.
             limit = self._release_limit + batch.owed_seconds
+            # Owner: the server's outermost nursery; ends when the execution has ended, or at the limit.
             self._watchdogs.start_soon(self._watchdog, self._released, limit, name=f"watchdog of {self.name}")
 
     async def _watchdog(self, released: trio.Event, limit: float) -> None:
