@@ -6,15 +6,17 @@ limits (*control*).  The first two are what cancels change; the last two, what c
 leaves less to read, whoever cuts it.
 
 Their programs alternate on the device, so whatever the machine does meanwhile is in all three: in rounds, one after the other,
-the same load differed by 5% from minute to minute.  The device is never idle, so the rate of each is its tokens by second of
-device time, wasted ones included.  How much is wasted is measured alone, where a cancel finds the device at work for its own
-model.
+the same load differed by 5% from minute to minute.  The rate of each is its tokens by second of device time, wasted ones
+included.  That would hide it if a cancel let the device run dry; so calm and leaving also run alone, each after the other, and
+how much of the clock the device was busy is in the table.  How much is wasted is measured there, too, where a cancel finds the
+device at work for its own model.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -43,6 +45,7 @@ CLAIM = 0.97
 class Reading:
     """Of one load, up to now."""
 
+    at: float  #: on the clock, seconds
     tokens: int  #: read by somebody who was there
     seconds: float  #: of the device
     wasted: float  #: of these
@@ -60,7 +63,8 @@ class Load:
     def look(self) -> None:
         schedule = engine(self.model).schedule
         spent = schedule.useful_seconds + schedule.wasted_seconds + schedule.unpaid_seconds
-        self.readings.append(Reading(sum(len(text.tokens) for text, _ in self.texts), spent, schedule.wasted_seconds))
+        tokens = sum(len(text.tokens) for text, _ in self.texts)
+        self.readings.append(Reading(time.perf_counter(), tokens, spent, schedule.wasted_seconds))
 
     def rate(self, part: int | None = None) -> float:
         """Tokens by second of device time."""
@@ -73,6 +77,11 @@ class Load:
         """Of its device time."""
         first, last = self.readings[0], self.readings[-1]
         return (last.wasted - first.wasted) / (last.seconds - first.seconds)
+
+    def busy(self) -> float:
+        """Device time by time on the clock."""
+        first, last = self.readings[0], self.readings[-1]
+        return (last.seconds - first.seconds) / (last.at - first.at)
 
     def gaps(self) -> list[float]:
         """Seconds between tokens of those who stayed."""
@@ -136,10 +145,12 @@ async def measure(shares: tuple[float, ...], warm: float, seconds: float) -> tup
             for share in shares:
                 calm, leaving, control = loads = [load(name) for name in LOADS]
                 await side_by_side(loads, share, warm, seconds)
-                alone = load("leaving")
-                await side_by_side([alone], share, warm / 4, seconds / 4)
+                alone, calm_alone = load("leaving"), load("calm")
+                for one in (alone, calm_alone):
+                    await side_by_side([one], share, warm / 4, seconds / 4)
                 parts = [leaving.rate(part) / calm.rate(part) for part in range(PARTS)]
-                ratio = leaving.rate() / calm.rate()
+                # On the clock, too: the share of it that the device worked is in the ratio.
+                ratio = leaving.rate() / calm.rate() * alone.busy() / calm_alone.busy()
                 if share == 0.3:
                     at_30 = ratio
                 middle = percentile(calm.gaps(), 50)
@@ -151,6 +162,7 @@ async def measure(shares: tuple[float, ...], warm: float, seconds: float) -> tup
                         f"{min(parts):.3f} to {max(parts):.3f}",
                         round(leaving.rate() / control.rate(), 3),
                         round(100 * alone.wasted(), 2),
+                        f"{100 * calm_alone.busy():.2f} / {100 * alone.busy():.2f}",
                         round(percentile(leaving.gaps(), 50) / middle, 3),
                         round(percentile(leaving.gaps(), 99) / percentile(calm.gaps(), 99), 3),
                     ]
@@ -173,10 +185,11 @@ def main() -> None:
         "calm, tokens by device second",
         "leaving",
         "control",
-        "leaving × calm",
+        "leaving × calm, on the clock",
         f"in {PARTS} parts of the time",
         "leaving × control",
         "device time wasted alone, %",
+        "device busy alone, % of the clock, calm / leaving",
         "neighbours' next token, p50 × calm",
         "p99 × calm",
     ]
