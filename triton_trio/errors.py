@@ -10,6 +10,9 @@ caller who is *still there* when somebody else cancelled the request (an operato
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from grpclib.const import Status
 
 
@@ -69,3 +72,19 @@ class DeadlineExceeded(TritonError):
     """The request's own deadline passed (``grpc-timeout``)."""
 
     code, status = "UNAVAILABLE", Status.DEADLINE_EXCEEDED
+
+
+@contextmanager
+def no_panic(what: str, error: type[TritonError] = InternalError) -> Iterator[None]:
+    """Raise ``error`` for a panic of a library in Rust: it comes as a BaseException, and would end the server as Ctrl-C does.
+
+    Args:
+      what: the beginning of the message.
+    """
+    try:
+        yield
+    except BaseException as exc:
+        # PyO3's PanicException; no module has the class, so there is no other way to know it.
+        if type(exc).__module__ != "pyo3_runtime":
+            raise
+        raise error(f"{what}: {type(exc).__name__}: {exc}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,12 @@ from hypothesis import strategies as st
 
 from triton_trio.backends.jax.generation import Tokenizer
 from triton_trio.backends.jax.generation.chat import ChatTemplate
-from triton_trio.backends.jax.generation.tokenizer import byte_level_tokenizer, tokenizer_from_directory
+from triton_trio.backends.jax.generation.tokenizer import tokenizer_from_directory
+from triton_trio.backends.jax.generation.vocabularies import (
+    Vocabulary,
+    byte_level_tokenizer,
+    sentencepiece_tokenizer,
+)
 from triton_trio.errors import InvalidArgument
 
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -22,19 +28,18 @@ MERGES = [("Ġ", "t"), ("h", "e"), ("Ġt", "he"), ("1", "2"), ("12", "3"), ("å"
 TOKENS = [*SPECIAL, *BYTES, *("".join(pair) for pair in MERGES)]
 
 
-def make(**settings: Any) -> Tokenizer:
+def make(splits: str = "smollm", **settings: Any) -> Tokenizer:
     arguments: dict[str, Any] = {
         "tokens": TOKENS,
-        "merges": MERGES,
         "control": [0, 1, 2],
         "user_defined": [],
-        "splits": "smollm",
         "begin": None,
         "names": {"bos_token": "<|im_start|>"},
         "template": None,
         "where": "tiny.gguf",
     }
-    return byte_level_tokenizer(**arguments | settings)
+    merges = settings.pop("merges", MERGES)
+    return byte_level_tokenizer(Vocabulary(**arguments | settings), merges, splits)
 
 
 TINY = make()
@@ -80,6 +85,40 @@ def test_a_character_comes_with_its_last_byte_and_half_of_one_at_the_end() -> No
     assert stream.finish() == ""
 
 
+def test_a_text_that_goes_on_begins_as_it_would_there() -> None:
+    """Tokens of SentencePiece have their spaces in front, and the first one of all loses it."""
+    tokenizer, tokens = sentencepiece()
+    the = tokens.index("\N{LOWER ONE EIGHTH BLOCK}the")
+    assert tokenizer.stream().add(the) == "the"
+    assert tokenizer.stream(tokenizer.encode("by")).add(the) == " the"
+    fox = [tokens.index(f"<0x{byte:02X}>") for byte in "\N{FOX FACE}".encode()]
+    stream = tokenizer.stream(fox[:2])
+    assert [stream.add(fox[2]), stream.add(fox[3])] == ["", "\N{FOX FACE}"]
+
+
+@given(st.lists(st.integers(0, 600 - 1), max_size=12), st.data())
+def test_bytes_that_are_no_text_are_replaced_and_the_text_goes_on(ids: list[int], data: st.DataObject) -> None:
+    """The library raises, where bytes that were a character are none once another has come."""
+    tokenizer, tokens = sentencepiece()
+    fox = [tokens.index(f"<0x{byte:02X}>") for byte in "\N{FOX FACE}".encode()]
+    broken = [*fox, tokens.index("<0xFF>"), tokens.index("a")]
+    at = data.draw(st.integers(0, len(ids)))
+    stream = tokenizer.stream()
+    text = "".join([*map(stream.add, ids[:at] + broken + ids[at:]), stream.finish()])
+    assert "\ufffd" in text
+    assert "a" in text
+
+
+def test_a_text_that_the_library_panics_at_is_its_clients_error() -> None:
+    """Onigmo gives up after ten million steps, and the panic of Rust is no Exception: it would end the server."""
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0}, unk_token="x"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(x+x+)+y"), behavior="isolated")
+    tokenizer = Tokenizer(library, begin=None, template=ChatTemplate(None, {}, "tiny.gguf"))
+    assert tokenizer.encode("xx") == [0]
+    with pytest.raises(InvalidArgument, match=r"the text cannot be cut into tokens: PanicException: Onig"):
+        tokenizer.encode("x" * 30)
+
+
 def test_special_tokens_are_ids_but_no_text() -> None:
     ids = TINY.encode("<|im_start|>he<|im_end|>")
     assert [TOKENS[token] for token in ids] == ["<|im_start|>", "he", "<|im_end|>"]
@@ -94,6 +133,43 @@ def test_a_token_that_stands_before_every_text_stands_there_once() -> None:
     assert beginning.encode("he")[0] == 1
     assert beginning.encode("") == [1]
     assert beginning.encode("<|im_start|>he") == beginning.encode("he")
+
+
+# SentencePiece
+
+
+@cache
+def sentencepiece() -> tuple[Tokenizer, list[str]]:
+    written = json.loads(Path(__file__).with_name("sentencepiece.json").read_text())
+    control = [token for token, kind in enumerate(written["kinds"]) if kind == 3]
+    vocabulary = Vocabulary(
+        tokens=written["tokens"],
+        control=control,
+        user_defined=[],
+        begin=None,
+        names={},
+        template=None,
+        where="tiny.gguf",
+    )
+    return sentencepiece_tokenizer(vocabulary, written["scores"], unknown=0, prefix=True), written["tokens"]
+
+
+def test_texts_are_cut_as_sentencepiece_cuts_them() -> None:
+    """``make_sentencepiece.py`` has asked SentencePiece itself."""
+    tokenizer, _ = sentencepiece()
+    cases = json.loads(Path(__file__).with_name("sentencepiece.json").read_text())["cases"]
+    assert len(cases) == 9
+    for case in cases:
+        assert tokenizer.encode(case["text"]) == case["ids"], case["text"]
+        assert tokenizer.decode(case["ids"]) == case["text"]
+
+
+@given(st.text())
+def test_every_text_survives_sentencepiece(text: str) -> None:
+    tokenizer, _ = sentencepiece()
+    # What looks like a token of a byte, or like the sign for a space, becomes one.
+    text = text.replace("<0x", "").replace("\N{LOWER ONE EIGHTH BLOCK}", "")
+    assert tokenizer.decode(tokenizer.encode(text)) == text.replace("<s>", "").replace("</s>", "")
 
 
 # Conversations
@@ -125,13 +201,33 @@ def test_conversations_are_chatml_unless_the_model_says_otherwise() -> None:
         (None, [*TALK, {"role": 3, "content": ""}], "message 2 of the conversation has no text 'role'"),
         ("{{ raise_exception('system is not allowed') }}", TALK, "refuses this conversation: system is not allowed"),
         ("{{ messages[7].content }}", TALK, "tiny.gguf: its chat template fails"),
-        ("{% if %}", TALK, "tiny.gguf: its chat template fails"),
+        ("{% if %}", TALK, "tiny.gguf: its chat template cannot be used: line 1: "),
         ("{{ messages.__class__.__mro__ }}", TALK, "tiny.gguf: its chat template fails.*unsafe"),
     ],
 )
 def test_conversations_that_cannot_be_rendered(template: str | None, messages: list[Any], text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
         ChatTemplate(template, {}, "tiny.gguf").render(messages)
+
+
+def test_templates_have_what_transformers_gives_them() -> None:
+    def render(source: str) -> str:
+        return ChatTemplate(source, {}, "tiny.gguf").render(TALK)
+
+    assert render("{{ strftime_now('%Y') }}") >= "2026"
+    assert (
+        render("{% for m in messages %}{% generation %}{{ m.role }} {% endgeneration %}{% endfor %}") == "system user "
+    )
+    assert render("{{ messages[1] | tojson }}") == '{"role": "user", "content": "the?"}'
+    assert render("{{ '<\u00fc>' | tojson }}") == '"<\u00fc>"'
+
+
+def test_a_template_that_is_broken_is_told_at_load_and_texts_are_made_all_the_same(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tokenizer = make(template="one line\n{% if %}")
+    assert "tiny.gguf: its chat template cannot be used: line 2: " in caplog.text
+    assert tokenizer.encode("the")
 
 
 # Files

@@ -13,6 +13,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 from triton_trio.backends.jax.generation import Placement, find_weights, load_params, open_checkpoint
@@ -191,6 +192,99 @@ def test_what_a_file_says_of_heads_and_ties_is_what_counts(tmp_path: Path) -> No
         load(write_directory(tmp_path / "neither", without))
 
 
+def test_what_ends_a_text_may_be_told_in_several_places(tmp_path: Path) -> None:
+    """Of a conversation it often is the end of a turn, and of plain text another token."""
+
+    def also(writer: Any) -> None:
+        writer.add_eot_token_id(2)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 7)
+
+    assert open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=also)).end_tokens == (7, 2)
+    path = write_directory(tmp_path / "hf", eos_token_id=7)
+    (path / "generation_config.json").write_text('{"eos_token_id": [7, 13]}')
+    assert open_checkpoint(path).end_tokens == (7, 13)
+
+
+def test_a_factor_without_a_type_is_a_linear_one(tmp_path: Path) -> None:
+    path = write_gguf(tmp_path / "m.gguf", edit=lambda writer: writer.add_rope_scaling_factor(4.0))
+    assert open_checkpoint(path).config.rope_divisors == (4.0,) * 4
+
+
+def test_the_index_says_which_files_are_the_models(tmp_path: Path) -> None:
+    """Mistral's directories have the same weights once more, by other names."""
+    path = write_directory(tmp_path)
+    save_file({"layers.0.attention.wq.weight": np.ones((2, 2), np.float32)}, path / "consolidated.safetensors")
+    with pytest.raises(InvalidArgument, match=r"'layers\.0\.attention\.wq\.weight' is none of a Llama-type model"):
+        load(path)
+    index = path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model-0.safetensors", "b": "model-1.safetensors"}}))
+    assert_same(load(path), params_of(MODEL, TENSORS))
+    index.write_text("{}")
+    with pytest.raises(InvalidArgument, match=r"index\.json has no weight_map"):
+        load(path)
+
+
+LLAMA_3 = ["<|begin_of_text|>", "<|end_of_text|>", *sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()), "ab"]
+LLAMA_2 = [
+    "<unk>",
+    "<s>",
+    "</s>",
+    *(f"<0x{byte:02X}>" for byte in range(256)),
+    "\N{LOWER ONE EIGHTH BLOCK}",
+    "a",
+    "b",
+    "ab",
+]
+
+
+def vocabulary(writer: Any, tokens: list[str], kinds: list[int], kind: str) -> None:
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens)
+    writer.add_token_types(kinds + [1] * (len(tokens) - len(kinds)))
+
+
+def llama_3(writer: Any, *, splits: str = "llama-bpe", begins: bool | None = None) -> None:
+    vocabulary(writer, LLAMA_3, [3, 3], "gpt2")
+    writer.add_token_merges(["a b"])
+    writer.add_bos_token_id(0)
+    if splits:
+        writer.add_tokenizer_pre(splits)
+    if begins is not None:
+        writer.add_add_bos_token(begins)
+
+
+def llama_2(writer: Any) -> None:
+    vocabulary(writer, LLAMA_2, [2, 3, 3, *[6] * 256], "llama")
+    writer.add_token_scores([0.0] * 259 + [-2.0, -3.0, -4.0, -1.0])
+    writer.add_bos_token_id(1)
+
+
+def test_a_gguf_file_has_its_vocabulary(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def first_of(edit: Callable[[Any], None]) -> int:
+        return open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit)).tokenizer().encode("a")[0]
+
+    a = LLAMA_3.index("a")
+    assert first_of(llama_3) == 0  # Llama 3 begins every text, and its files do not say so
+    assert first_of(lambda writer: llama_3(writer, begins=False)) == a
+    assert first_of(lambda writer: llama_3(writer, splits="gpt-2")) == a
+    assert caplog.text == ""
+    assert first_of(lambda writer: llama_3(writer, splits="", begins=True)) == 0
+    assert "m.gguf: it does not say by which rule its tokenizer cuts text" in caplog.text
+
+    tokenizer = open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=llama_2)).tokenizer()
+    ids = tokenizer.encode("ab c")
+    assert [LLAMA_2[one] for one in ids] == ["<s>", LLAMA_2[259], "ab", LLAMA_2[259], "<0x63>"]
+    assert tokenizer.decode(ids) == "ab c"
+
+
+def test_a_vocabulary_is_not_kept_twice(tmp_path: Path) -> None:
+    """The library's fields have an array for each of its tokens: 145 MB for SmolLM2's."""
+    checkpoint: Any = open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=llama_3))
+    assert checkpoint.tokenizer() is checkpoint.tokenizer()
+    assert not checkpoint._reader.fields
+    assert_same(load_params(checkpoint, PLACEMENT, dtype=np.float32), params_of(MODEL, TENSORS))
+
+
 def test_loading_can_be_left_between_tensors(tmp_path: Path) -> None:
     looks: list[None] = []
 
@@ -274,7 +368,30 @@ def test_weights_are_found_inside_a_package_that_is_not_imported(
         (lambda path: write_directory(path / "hf", architectures=["GPT2LMHeadModel"]), "architecture is GPT2LMHead"),
         (lambda path: write_directory(path / "hf", hidden_size=...), "config.json has no 'hidden_size'"),
         (lambda path: write_directory(path / "hf", hidden_act="gelu"), "its hidden_act is 'gelu'"),
-        (lambda path: write_directory(path / "hf", num_key_value_heads=3), "4 attention heads cannot share 3"),
+        (lambda path: write_directory(path / "hf", num_key_value_heads=3), "hf: 4 attention heads cannot share 3"),
+        (
+            lambda path: write_directory(path / "hf", num_hidden_layers="two"),
+            "hf: config.json: 'num_hidden_layers' must be a whole number, 1 or more, got 'two'",
+        ),
+        (lambda path: write_directory(path / "hf", num_attention_heads=0), "'num_attention_heads' must be a whole"),
+        (lambda path: write_directory(path / "hf", rope_theta="x"), "'rope_theta' must be a number above 0, got 'x'"),
+        (lambda path: write_directory(path / "hf", rope_scaling=3), "its rope scaling must be an object, got 3"),
+        (
+            lambda path: write_directory(path / "hf", eos_token_id="</s>"),
+            "'eos_token_id' must be a token id or a list of them, got '</s>'",
+        ),
+        (
+            lambda path: write_directory(path / "hf", rope_parameters={"partial_rotary_factor": 0.5}),
+            "its partial_rotary_factor is 0.5",
+        ),
+        (
+            lambda path: write_gguf(path / "m.gguf", edit=lambda writer: vocabulary(writer, ["a"], [], "t5")),
+            "its tokenizer is of the kind 't5'",
+        ),
+        (
+            lambda path: write_gguf(path / "m.gguf", edit=lambda writer: llama_3(writer, splits="qwen2")),
+            "its tokenizer cuts text by the rule 'qwen2'",
+        ),
         # Qwen2 has biases and says so by its name; Qwen3 normalises queries and keys, which another name could hide.
         (
             lambda path: write_directory(path / "hf", architectures=["Qwen2ForCausalLM"]),
@@ -305,7 +422,7 @@ def test_weights_are_found_inside_a_package_that_is_not_imported(
             "it has a llama.attention.head_count_kv for each layer",
         ),
         (lambda path: write_directory(path / "hf", rope_scaling={"rope_type": "yarn"}), "'yarn' is not known here"),
-        (lambda path: write_directory(path / "hf", rope_scaling={"type": "linear"}), "'linear' has no 'factor'"),
+        (lambda path: write_directory(path / "hf", rope_scaling={"type": "linear"}), "rope scaling has no 'factor'"),
         (lambda path: write_directory(path / "hf", quantization_config={"bits": 4}), "quantization_config"),
     ],
 )
@@ -313,6 +430,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, make: Callable[[Path], P
     path = make(tmp_path)
     with pytest.raises(TritonError, match=text):
         load(path)
+        open_checkpoint(path).tokenizer()
 
 
 @pytest.mark.parametrize("size", [0, 3, 40, 200, 1000, 5000, -100])

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from ....errors import InvalidArgument
+from ..device import LOGGER
 from .extra import require
 
 CHATML = (
@@ -24,10 +27,17 @@ class ChatTemplate:
     """
 
     def __init__(self, source: str | None, names: Mapping[str, str], where: str) -> None:
-        self._source = CHATML if source is None else source
         self._names = dict(names)
         self._where = where
-        self._compiled: Any = None
+        self._problem = ""  #: why no conversation can be rendered
+        errors = require("jinja2")
+        try:
+            self._compiled = _environment().from_string(CHATML if source is None else source)
+        except errors.TemplateError as exc:
+            # Plain texts need none.
+            line = f"line {exc.lineno}: " if isinstance(exc, errors.TemplateSyntaxError) else ""
+            self._problem = f"{where}: its chat template cannot be used: {line}{exc}"
+            LOGGER.warning("%s; conversations (messages) are refused", self._problem)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The conversation, up to where the answer begins.
@@ -35,6 +45,8 @@ class ChatTemplate:
         Raises:
           InvalidArgument: a message is malformed, or the template fails on it.
         """
+        if self._problem:
+            raise InvalidArgument(self._problem)
         if not messages:
             raise InvalidArgument("a conversation has one message or more, got none")
         for number, message in enumerate(messages):
@@ -47,7 +59,7 @@ class ChatTemplate:
                     raise InvalidArgument(f"message {number} of the conversation has no text '{key}'")
         errors = require("jinja2")
         try:
-            text: str = self._template().render(
+            text: str = self._compiled.render(
                 messages=[dict(message) for message in messages], add_generation_prompt=True, **self._names
             )
         except InvalidArgument:
@@ -60,16 +72,33 @@ class ChatTemplate:
             raise InvalidArgument(f"the conversation is not Unicode text: {exc}") from None
         return text
 
-    def _template(self) -> Any:
-        if self._compiled is None:
-            sandbox = require("jinja2.sandbox")
-            # Templates are written for these settings, which Transformers uses.
-            environment = sandbox.ImmutableSandboxedEnvironment(
-                trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-            )
-            environment.globals["raise_exception"] = _refuse
-            self._compiled = environment.from_string(self._source)
-        return self._compiled
+
+def _environment() -> Any:
+    """Jinja as Transformers sets it up, for which templates are written."""
+    extension, nodes = require("jinja2.ext").Extension, require("jinja2.nodes")
+
+    class Generation(extension):  # type: ignore[misc, valid-type]
+        """``{% generation %}``: what the model has said, marked for training; here it is text like any other."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            line = next(parser.stream).lineno
+            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            return nodes.Scope(body, lineno=line)
+
+    environment = require("jinja2.sandbox").ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", Generation]
+    )
+    environment.globals["raise_exception"] = _refuse
+    environment.globals["strftime_now"] = time.strftime
+    environment.filters["tojson"] = _to_json
+    return environment
+
+
+def _to_json(value: Any, **settings: Any) -> str:
+    # Jinja's own is for HTML: it escapes what a model shall read as it is.
+    return json.dumps(value, **{"ensure_ascii": False} | settings)
 
 
 def _refuse(text: str) -> NoReturn:

@@ -9,9 +9,11 @@ from typing import Any, NoReturn
 import numpy as np
 
 from ....errors import InvalidArgument
+from ..device import LOGGER
 from .config import LlamaConfig
 from .extra import require
-from .tokenizer import NoTokenizer, Tokenizer, byte_level_tokenizer
+from .tokenizer import NoTokenizer, Tokenizer
+from .vocabularies import LLAMA_3_SPLITS, Vocabulary, byte_level_tokenizer, sentencepiece_tokenizer
 from .weights import Checkpoint, halves_from_pairs
 
 _NAMES = {
@@ -42,7 +44,8 @@ _UNKNOWN = (
     "rope.scale_linear",
     "use_parallel_residual",
 )
-_CONTROL, _USER_DEFINED = 3, 4  # of tokenizer.ggml.token_type
+_UNKNOWN_TOKEN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
+_ENDS = ("eos", "eot", "eom")  # of a text, of a turn in a conversation, of a message in a turn
 
 
 class GgufCheckpoint(Checkpoint):
@@ -67,8 +70,8 @@ class GgufCheckpoint(Checkpoint):
         self.tied = "output.weight" not in self._tensors
         self.config = self._config()
         self.check_names(self._tensors, "rope_freqs.weight")
-        end = self._optional("tokenizer.ggml.eos_token_id")
-        self.end_tokens = () if end is None else (int(end),)
+        ends = (self._optional(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
+        self.end_tokens = tuple(dict.fromkeys(int(end) for end in ends if end is not None))
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         stored = self.name_of(name, layer)
@@ -93,24 +96,32 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _tokenizer(self) -> Tokenizer:
+        made = self._make_tokenizer()
+        # Nobody asks for a field any more, and the library has an array for each token in there.
+        self._reader.fields.clear()
+        return made
+
+    def _make_tokenizer(self) -> Tokenizer:
         model = self._optional("tokenizer.ggml.model")
         if model in (None, "no_vocab"):
             return NoTokenizer(f"'{self.path}' has no vocabulary")
-        if model != "gpt2":
+        if model not in ("gpt2", "llama"):
             self._refuse(
-                f"its tokenizer is of the kind '{model}', only byte-level BPE ('gpt2') is read from GGUF; "
-                "load the model from its original directory, with tokenizer.json"
+                f"its tokenizer is of the kind '{model}', only byte-level BPE ('gpt2') and SentencePiece's BPE ('llama') are "
+                "read from GGUF; load the model from its original directory, with tokenizer.json"
             )
+        splits = self._optional("tokenizer.ggml.pre")
         tokens: list[str] = self._field("tokenizer.ggml.tokens")
         kinds: list[int] = self._optional("tokenizer.ggml.token_type") or [1] * len(tokens)
         begin = self._optional("tokenizer.ggml.bos_token_id")
-        return byte_level_tokenizer(
+        begins = self._optional("tokenizer.ggml.add_bos_token")
+        if begins is None:
+            begins = model == "llama" or splits in LLAMA_3_SPLITS
+        vocabulary = Vocabulary(
             tokens=tokens,
-            merges=[tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")],
             control=[token for token, kind in enumerate(kinds) if kind == _CONTROL],
             user_defined=[token for token, kind in enumerate(kinds) if kind == _USER_DEFINED],
-            splits=str(self._optional("tokenizer.ggml.pre") or "default"),
-            begin=int(begin) if begin is not None and self._optional("tokenizer.ggml.add_bos_token") else None,
+            begin=int(begin) if begin is not None and begins else None,
             names={
                 f"{name}_token": tokens[int(self._field(f"tokenizer.ggml.{name}_token_id"))]
                 for name in ("bos", "eos")
@@ -119,6 +130,21 @@ class GgufCheckpoint(Checkpoint):
             template=self._optional("tokenizer.chat_template"),
             where=str(self.path),
         )
+        if model == "llama":
+            unknown = next((token for token, kind in enumerate(kinds) if kind == _UNKNOWN_TOKEN), None)
+            prefix = self._optional("tokenizer.ggml.add_space_prefix")
+            return sentencepiece_tokenizer(
+                vocabulary, self._field("tokenizer.ggml.scores"), unknown=unknown, prefix=prefix is None or bool(prefix)
+            )
+        if splits in (None, "default"):
+            splits = "gpt-2"
+            LOGGER.warning(
+                "%s: it does not say by which rule its tokenizer cuts text (tokenizer.ggml.pre); GPT-2's is taken, and if that "
+                "is not it, texts suffer: convert the model anew, or load it from its original directory",
+                self.path,
+            )
+        merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
+        return byte_level_tokenizer(vocabulary, merges, str(splits))
 
     def _config(self) -> LlamaConfig:
         def number(key: str) -> int:
@@ -127,7 +153,10 @@ class GgufCheckpoint(Checkpoint):
         for key in _UNKNOWN:
             if self._optional(f"llama.{key}"):
                 self._refuse(f"it has llama.{key}, which is not known here")
-        scaling = self._optional("llama.rope.scaling.type") or "none"
+        # Files from before there were types have a factor alone.
+        scaling = self._optional("llama.rope.scaling.type")
+        if scaling is None:
+            scaling = "linear" if self._optional("llama.rope.scaling.factor") else "none"
         if scaling not in ("none", "linear"):
             self._refuse(f"its rope scaling '{scaling}' is not known here")
         heads = number("attention.head_count")
@@ -144,7 +173,7 @@ class GgufCheckpoint(Checkpoint):
             divisors = (float(self._field("llama.rope.scaling.factor")),) * (head_dim // 2)
         if "rope_freqs.weight" in self._tensors:  # how Llama 3.1's scaling is stored
             divisors = tuple(float(one) for one in self._tensors["rope_freqs.weight"].data)
-        return LlamaConfig(
+        return self.checked_config(
             vocab_size=int(self._optional("llama.vocab_size") or len(self._field("tokenizer.ggml.tokens"))),
             width=width,
             layers=number("block_count"),
@@ -163,7 +192,9 @@ class GgufCheckpoint(Checkpoint):
     def _one_for_all(self, key: str, value: Any) -> int:
         if isinstance(value, list):
             self._refuse(f"it has a {key} for each layer; only one for all is known here")
-        return int(value)
+        if not isinstance(value, int) or value < 1:
+            self._refuse(f"its {key} must be a whole number, 1 or more, got {value!r}")
+        return value
 
     def _field(self, key: str) -> Any:
         value = self._optional(key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -37,6 +38,7 @@ _USUAL = {
     "mlp_bias": False,
     "partial_rotary_factor": 1,
 }
+_INDEX = "model.safetensors.index.json"
 _ARCHITECTURES = ("LlamaForCausalLM", "MistralForCausalLM")
 
 
@@ -55,11 +57,13 @@ class SafetensorsCheckpoint(Checkpoint):
         self._directory = path if path.is_dir() else path.parent
         self._settings = self._json("config.json")
         self.config = self._config()
-        ends = self._settings.get("eos_token_id")
-        self.end_tokens = tuple(ends) if isinstance(ends, list) else () if ends is None else (int(ends),)
+        # Transformers ends texts by the second, where a chat's end of turn often is alone.
+        generation = self._json("generation_config.json") if self._has("generation_config.json") else {}
+        ends = (*self._ends("config.json", self._settings), *self._ends("generation_config.json", generation))
+        self.end_tokens = tuple(dict.fromkeys(ends))
         library = require("safetensors")
         self._files: dict[str, Any] = {}
-        for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        for file in self._parts() if path.is_dir() else [path]:
             try:
                 opened = library.safe_open(file, framework="numpy")
             except (library.SafetensorError, OSError) as exc:
@@ -68,6 +72,16 @@ class SafetensorsCheckpoint(Checkpoint):
         self.tied = bool(self._settings.get("tie_word_embeddings", False))
         # The rotary frequencies, which follow from config.json, are in some old files, too.
         self.check_names(name for name in self._files if not name.endswith("rotary_emb.inv_freq"))
+
+    def _parts(self) -> list[Path]:
+        """The files that the model's index names: others may have the same weights by other names."""
+        if not self._has(_INDEX):
+            return sorted(self.path.glob("*.safetensors"))
+        try:
+            names = sorted(set(self._json(_INDEX)["weight_map"].values()))
+            return [self.path / name for name in names]
+        except (KeyError, AttributeError, TypeError):
+            self._refuse(f"{_INDEX} has no weight_map from tensors to files")
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         stored = self.name_of(name, layer)
@@ -89,23 +103,24 @@ class SafetensorsCheckpoint(Checkpoint):
         if architectures[0] not in _ARCHITECTURES:
             self._refuse(f"its architecture is {architectures[0]}, only {' and '.join(_ARCHITECTURES)} are known here")
         for key, usual in _USUAL.items():
-            if self._settings.get(key, usual) not in (usual, None):
-                self._refuse(f"its {key} is {self._settings[key]!r}, which is not known here")
+            for settings in (self._settings, self._rope()):
+                if settings.get(key, usual) not in (usual, None):
+                    self._refuse(f"its {key} is {settings[key]!r}, which is not known here")
         if self._settings.get("quantization_config"):
             self._refuse("it has a quantization_config; load the original weights, or a GGUF file")
-        heads = self._number("num_attention_heads")
-        width = self._number("hidden_size")
-        config = LlamaConfig(
-            vocab_size=self._number("vocab_size"),
+        heads = self._count("num_attention_heads")
+        width = self._count("hidden_size")
+        config = self.checked_config(
+            vocab_size=self._count("vocab_size"),
             width=width,
-            layers=self._number("num_hidden_layers"),
+            layers=self._count("num_hidden_layers"),
             heads=heads,
-            kv_heads=int(self._settings.get("num_key_value_heads") or heads),
-            head_dim=int(self._settings.get("head_dim") or width // heads),
-            hidden=self._number("intermediate_size"),
-            context=self._number("max_position_embeddings"),
-            rope_theta=float(self._rope().get("rope_theta") or self._settings.get("rope_theta") or 10_000.0),
-            norm_epsilon=float(self._settings.get("rms_norm_eps") or 1e-6),
+            kv_heads=self._count("num_key_value_heads", heads),
+            head_dim=self._count("head_dim", width // heads),
+            hidden=self._count("intermediate_size"),
+            context=self._count("max_position_embeddings"),
+            rope_theta=self._number(self._settings | self._rope(), "rope_theta", 10_000.0),
+            norm_epsilon=self._number(self._settings, "rms_norm_eps", 1e-6),
         )
         return replace(config, rope_divisors=self._divisors(config))
 
@@ -116,27 +131,54 @@ class SafetensorsCheckpoint(Checkpoint):
             return ()
         if kind not in ("linear", "llama3"):
             self._refuse(f"its rope scaling '{kind}' is not known here")
-        try:
-            if kind == "linear":
-                return (float(rope["factor"]),) * (config.head_dim // 2)
-            return llama3_divisors(
-                config,
-                factor=float(rope["factor"]),
-                low=float(rope["low_freq_factor"]),
-                high=float(rope["high_freq_factor"]),
-                trained_context=int(rope["original_max_position_embeddings"]),
-            )
-        except KeyError as exc:
-            self._refuse(f"its rope scaling '{kind}' has no {exc}")
+        factor = self._number(rope, "factor", None)
+        if kind == "linear":
+            return (factor,) * (config.head_dim // 2)
+        return llama3_divisors(
+            config,
+            factor=factor,
+            low=self._number(rope, "low_freq_factor", None),
+            high=self._number(rope, "high_freq_factor", None),
+            trained_context=int(self._number(rope, "original_max_position_embeddings", None)),
+        )
 
     def _rope(self) -> dict[str, Any]:
         # Transformers 5 writes rope_parameters, older ones rope_scaling beside rope_theta.
-        return self._settings.get("rope_parameters") or self._settings.get("rope_scaling") or {}
+        rope = self._settings.get("rope_parameters") or self._settings.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            self._refuse(f"config.json: its rope scaling must be an object, got {rope!r}")
+        return rope
 
-    def _number(self, key: str) -> int:
-        if key not in self._settings:
+    def _count(self, key: str, default: int | None = None) -> int:
+        value = self._settings.get(key)
+        if value is None:
+            value = default
+        if value is None:
             self._refuse(f"config.json has no '{key}'")
-        return int(self._settings[key])
+        if type(value) is not int or value < 1:
+            self._refuse(f"config.json: '{key}' must be a whole number, 1 or more, got {value!r}")
+        return value
+
+    def _number(self, settings: dict[str, Any], key: str, default: float | None) -> float:
+        value = settings.get(key)
+        if value is None:
+            value = default
+        if value is None:
+            self._refuse(f"config.json: its rope scaling has no '{key}'")
+        if type(value) not in (int, float) or not value > 0:
+            self._refuse(f"config.json: '{key}' must be a number above 0, got {value!r}")
+        return float(value)
+
+    def _ends(self, name: str, settings: dict[str, Any]) -> Sequence[int]:
+        found = settings.get("eos_token_id")
+        ends = found if isinstance(found, list) else [] if found is None else [found]
+        for end in ends:
+            if type(end) is not int:
+                self._refuse(f"{name}: 'eos_token_id' must be a token id or a list of them, got {found!r}")
+        return ends
+
+    def _has(self, name: str) -> bool:
+        return (self._directory / name).is_file()
 
     def _json(self, name: str) -> dict[str, Any]:
         try:

@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ....errors import InvalidArgument
+from ....errors import InvalidArgument, no_panic
 from .chat import ChatTemplate
 from .extra import require
 
-#: How text is cut before the merges, by GGUF's name for it: whether digits stand alone, and a pattern other than GPT-2's.
-_SPLITS: Mapping[str, tuple[bool, str | None]] = {
-    "default": (False, None),
-    "gpt-2": (False, None),
-    "smollm": (True, None),
-    "llama-bpe": (
-        False,
-        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-        r"|\s*[\r\n]+|\s+(?!\S)|\s+",
-    ),
-}
+#: Tokens of a prompt that the text behind it is decoded after.
+BEFORE = 8
 
 
 class Tokenizer:
@@ -38,14 +29,23 @@ class Tokenizer:
         self._begin = begin
         self._template = template
         self._streams = require("tokenizers").decoders
+        #: Bytes of the longest token, at least.
+        self.longest = max((len(token.encode()) for token in library.get_vocab(with_added_tokens=True)), default=1)
 
     @property
     def vocab_size(self) -> int:
         return int(self._library.get_vocab_size(with_added_tokens=True))
 
     def encode(self, text: str) -> list[int]:
-        """The ids of a plain text.  What looks like a special token in it becomes one."""
-        ids: list[int] = self._library.encode(text, add_special_tokens=False).ids
+        """The ids of a plain text.  What looks like a special token in it becomes one.
+
+        Raises:
+          InvalidArgument: the library cannot cut it.
+        """
+        with no_panic("the text cannot be cut into tokens", InvalidArgument):
+            # Of a batch, for there the library lets other threads run meanwhile.
+            (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+        ids: list[int] = encoding.ids
         if self._begin is not None and ids[:1] != [self._begin]:
             return [self._begin, *ids]
         return ids
@@ -59,7 +59,11 @@ class Tokenizer:
         Raises:
           InvalidArgument: a message is malformed, or the model's template wants none of it.
         """
-        return self.encode(self._template.render(messages))
+        return self.encode(self.render(messages))
+
+    def render(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """The same as text; raises the same."""
+        return self._template.render(messages)
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of ids, special tokens left out.  Bytes that are no UTF-8 become U+FFFD."""
@@ -71,9 +75,9 @@ class Tokenizer:
         found: int | None = self._library.token_to_id(token)
         return found
 
-    def stream(self) -> TextStream:
-        """A new text, to which tokens are added one by one."""
-        return TextStream(self, self._library, self._streams.DecodeStream(skip_special_tokens=True))
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
+        """A new text, to which tokens are added one by one; what comes before it decides whether it begins with a space."""
+        return TextStream(self, self._library, self._streams.DecodeStream, prompt)
 
     def check_text(self, what: str) -> None:
         """Raises :exc:`InvalidArgument` if the model knows ids only, and ``what`` needs text."""
@@ -96,7 +100,7 @@ class NoTokenizer(Tokenizer):
     def encode(self, text: str) -> NoReturn:
         self._refuse("text_input")
 
-    def encode_chat(self, messages: Sequence[Mapping[str, str]]) -> NoReturn:
+    def render(self, messages: Sequence[Mapping[str, str]]) -> NoReturn:
         self._refuse("messages")
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -105,7 +109,7 @@ class NoTokenizer(Tokenizer):
     def token_id(self, token: str) -> None:
         return None
 
-    def stream(self) -> TextStream:
+    def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         return NoText()
 
     def check_text(self, what: str) -> None:
@@ -120,16 +124,27 @@ class NoTokenizer(Tokenizer):
 class TextStream:
     """Text as its tokens come.  A character whose bytes are spread over tokens comes with the last of them."""
 
-    def __init__(self, tokenizer: Tokenizer, library: Any, stream: Any) -> None:
+    def __init__(
+        self, tokenizer: Tokenizer, library: Any, new_stream: Callable[..., Any], prompt: Sequence[int] = ()
+    ) -> None:
         self._tokenizer = tokenizer
         self._library = library
-        self._stream = stream
+        self._new_stream = new_stream
         self._held: list[int] = []
+        self._begin(prompt[-BEFORE:])
 
     def add(self, token: int) -> str:
         """The text that is complete with this token; often empty."""
         self._held.append(token)
-        text: str | None = self._stream.step(self._library, token)
+        text: str | None
+        try:
+            text = self._stream.step(self._library, token)
+        except Exception:  # noqa: BLE001  # the library raises nothing narrower
+            # Tokens of single bytes, and with this one those that were a character are none any more.
+            held = tuple(self._held)
+            text = self.finish()
+            self._begin(held)
+            return text
         if text is None:
             return ""
         self._held.clear()
@@ -139,6 +154,15 @@ class TextStream:
         """What is left when no more tokens come: nothing, or U+FFFD for the beginning of a character."""
         held, self._held = self._held, []
         return self._tokenizer.decode(held)
+
+    def _begin(self, before: Sequence[int]) -> None:
+        """With the next token, after ``before``."""
+        self._stream = self._new_stream(skip_special_tokens=True)
+        for token in before:
+            try:
+                self._stream.step(self._library, int(token))
+            except Exception:  # noqa: BLE001  # as in add()
+                self._stream = self._new_stream(skip_special_tokens=True)
 
 
 class NoText(TextStream):
@@ -152,57 +176,6 @@ class NoText(TextStream):
 
     def finish(self) -> str:
         return ""
-
-
-def byte_level_tokenizer(
-    *,
-    tokens: Sequence[str],
-    merges: Iterable[Sequence[str]],
-    control: Iterable[int],
-    user_defined: Iterable[int],
-    splits: str,
-    begin: int | None,
-    names: Mapping[str, str],
-    template: str | None,
-    where: str,
-) -> Tokenizer:
-    """GPT-2's kind: byte pairs over an alphabet that stands for bytes.
-
-    Args:
-      control, user_defined: ids that are never made by merges; control ids have no text.
-      splits: GGUF's name of the rule by which text is cut first.
-      names: special tokens by the names that templates use.
-      where: the file, for messages.
-
-    Raises:
-      InvalidArgument: the rule is unknown, or the merges do not fit the vocabulary.
-    """
-    if splits not in _SPLITS:
-        raise InvalidArgument(
-            f"{where}: its tokenizer cuts text by the rule '{splits}', only {', '.join(_SPLITS)} are known here; "
-            "load the model from its original directory, with tokenizer.json"
-        )
-    digits, pattern = _SPLITS[splits]
-    library = require("tokenizers")
-    pieces = library.pre_tokenizers
-    try:
-        model = library.models.BPE(
-            vocab={token: number for number, token in enumerate(tokens)},
-            merges=[(left, right) for left, right in merges],
-            ignore_merges=splits == "llama-bpe",
-        )
-    except Exception as exc:  # noqa: BLE001  # the library raises nothing narrower
-        raise InvalidArgument(f"{where}: its vocabulary and merges do not fit together: {exc}") from None
-    tokenizer = library.Tokenizer(model)
-    before = [pieces.Digits(individual_digits=True)] if digits else []
-    if pattern is not None:
-        before.append(pieces.Split(library.Regex(pattern), behavior="isolated"))
-    before.append(pieces.ByteLevel(add_prefix_space=False, use_regex=pattern is None))
-    tokenizer.pre_tokenizer = pieces.Sequence(before)
-    tokenizer.decoder = library.decoders.ByteLevel()
-    tokenizer.add_special_tokens([library.AddedToken(tokens[one], normalized=False, special=True) for one in control])
-    tokenizer.add_tokens([library.AddedToken(tokens[one], normalized=False) for one in user_defined])
-    return Tokenizer(tokenizer, begin=begin, template=ChatTemplate(template, names, where))
 
 
 def tokenizer_from_directory(directory: Path) -> Tokenizer:

@@ -56,6 +56,13 @@ class Checkpoint(ABC):
     def tokenizer(self) -> Tokenizer:
         """A :class:`~.tokenizer.NoTokenizer` if the files have none; raises :exc:`InvalidArgument` for one of an unknown kind."""
 
+    def checked_config(self, **numbers: Any) -> LlamaConfig:
+        """Of these numbers; raises :exc:`InvalidArgument` with the file's name if they contradict each other."""
+        try:
+            return LlamaConfig(**numbers)
+        except InvalidArgument as exc:
+            raise InvalidArgument(f"{self.path}: {exc.message}") from None
+
     def check_names(self, stored: Iterable[str], *more: str) -> None:
         """Of all tensors that are there: one that the network knows nothing of would be missing in what it says.
 
