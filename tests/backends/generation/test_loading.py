@@ -20,8 +20,9 @@ from jax.experimental.compilation_cache import compilation_cache
 from triton_trio.backends import ModelContext
 from triton_trio.backends.jax import JaxBackend
 from triton_trio.backends.jax.generation import loading
-from triton_trio.backends.jax.generation.engine import EngineStatistics
+from triton_trio.backends.jax.generation.engine import EngineStatistics, SlotPrograms
 from triton_trio.backends.jax.generation.programs import LlamaPrograms, ProgramMemory
+from triton_trio.backends.jax.generation.schedule import Program
 from triton_trio.config import load_model_config
 from triton_trio.errors import InvalidArgument
 from triton_trio.testing import Victim, sweep
@@ -83,7 +84,8 @@ async def test_every_program_runs_once_and_how_long_a_cancel_waits_is_published(
         assert load.cache_bytes >= served.engine.cache_bytes
         assert load.step_ms is not None
         assert load.prefill_ms is not None
-        assert load.cancel_ms == pytest.approx(2 * max(load.step_ms, load.prefill_ms))
+        assert load.cancel_ms is not None
+        assert load.cancel_ms >= 2 * max(load.step_ms, load.prefill_ms)
         assert (served.engine.prefills, served.engine.decodes) == (0, 0)
         # Nothing is left that a text could see.
         assert (await served.make(drawn(1))).bits == alone(1)
@@ -92,6 +94,48 @@ async def test_every_program_runs_once_and_how_long_a_cancel_waits_is_published(
     assert "more than target_chunk_ms=0.0001: a cancel waits for no less, and for up to " in warning
     assert info.startswith("model 'llm' on cpu:0: 3 slots of 100 tokens; 0.1 MiB of parameters, 0.1 of KV cache, ")
     assert "a cancel waits for one token at least, for " in info
+
+
+@pytest.mark.parametrize(
+    ("ladder", "target", "cancel_ms"),
+    [
+        ("1", 200.0, 10.0),  # a program has one token, however much time it might take
+        ("1,2,4", 200.0, 16.0),  # it may have four
+        ("1,2,4", 7.0, 14.0),  # as many as fit
+    ],
+)
+async def test_a_cancel_waits_at_most_for_two_of_the_longest_programs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ladder: str, target: float, cancel_ms: float
+) -> None:
+    async def run_first(*_: object) -> tuple[list[float], list[float]]:
+        return [4e-3, 2e-3, 1e-3], [9e-3, 3e-3, 5e-3]
+
+    monkeypatch.setattr(loading, "run_first", run_first)
+    write_language_model(tmp_path, **SMALL | {"ladder": ladder, "target_chunk_ms": target})
+    async with loaded(tmp_path, JaxBackend()) as load:
+        assert (load.step_ms, load.prefill_ms) == pytest.approx((1.0, 3.0))
+        assert load.cancel_ms == pytest.approx(cancel_ms)
+
+
+async def test_programs_are_measured_where_the_context_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They take longer there than at its beginning."""
+    ran: list[Program] = []
+    run = SlotPrograms.run
+
+    def watched(self: SlotPrograms, program: Program) -> Any:
+        ran.append(program)
+        emitted = run(self, program)
+        if program.steps:
+            assert np.asarray(emitted.owner).all()
+        return emitted
+
+    monkeypatch.setattr(SlotPrograms, "run", watched)
+    write_language_model(tmp_path, **SMALL | {"slots": 2, "context": 100, "prefill_chunk": "8,16", "ladder": "1,2"})
+    async with loaded(tmp_path, JaxBackend()):
+        pass
+    # Behind a piece is room for the steps that follow: 2, and three times 1.
+    assert {(one.length, one.chunk.start) for one in ran if one.chunk is not None} == {(16, 78), (8, 86)}
+    assert [one.steps for one in ran if one.steps] == [2, 1, 1, 1]
 
 
 @pytest.mark.parametrize(("dtype", "bytes_of_a_number"), [("bfloat16", 2), ("int8", 1)])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ import trio.testing
 
 import triton_trio
 from triton_trio import Reason, RequestCancelled
-from triton_trio.errors import InternalError, InvalidArgument
+from triton_trio.backends.jax.generation import Tokenizer
+from triton_trio.errors import InternalError, InvalidArgument, Unavailable
 from triton_trio.testing import Victim, sweep
 from triton_trio.testing.device import DeviceGate
 
@@ -89,8 +91,13 @@ async def test_greedy_texts_are_an_unbatched_references_in_a_full_batch_that_oth
     for number in set(prompts) - {2, 5, 7}:
         ids, logs, why = reference(prompts[number], 25)
         assert (texts[number].ids, texts[number].finish_reason) == (ids, why)
-        assert texts[number].text == " ".join(f"w{token}" for token in ids)
+        assert texts[number].text == words(ids)
         np.testing.assert_allclose(texts[number].logs, logs, atol=5e-5)
+
+
+def words(ids: list[int]) -> str:
+    """What a text says that goes on behind others."""
+    return "".join(f" w{token}" for token in ids)
 
 
 def reference(ids: list[int], most: int) -> tuple[list[int], list[float], str]:
@@ -133,18 +140,18 @@ async def test_why_a_text_ends(tmp_path: Path) -> None:
     async with open_served(tmp_path) as served:
         ids, _ = alone(2)
         text = await served.make(drawn(2))
-        assert (text.text, text.finish_reason) == (" ".join(f"w{token}" for token in ids), "length")
+        assert (text.text, text.finish_reason) == (words(ids), "length")
 
         stop = f"w{ids[9]} w{ids[10]}"
         text = await served.make(drawn(2) | asks([], stop=[b"never", stop.encode()], input_ids=prompt(2, 20)))
         assert text.finish_reason == "stop"
-        assert text.text + stop == " ".join(f"w{token}" for token in ids)[: len(text.text + stop)]
+        assert text.text + stop == words(ids)[: len(text.text + stop)]
         assert stop not in text.text
 
         # Its row goes on until the device hears of it; the slot's next owner does not notice.
         assert (await served.make(drawn(4))).bits == alone(4)
 
-        longest = b" ".join(b"w%d" % token for token in prompt(8, CONTEXT)) + b" " * 9000
+        longest = b" ".join(b"w%d" % token for token in prompt(8, CONTEXT))
         text = await served.make({"text_input": np.array([longest], object)})
         assert len(text.ids) == 1  # there is room for no more
 
@@ -171,7 +178,19 @@ async def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
             (asks([3], temperature=float("nan")), "temperature must be 0 or more, got nan"),
             (asks([3], top_p=1.5), "top_p must be between 0 and 1, got 1.5"),
             (asks([3], stop=[b""]), "a stop string is empty"),
-            ({"messages": np.array([b"[" * 100_000], object)}, "messages is not JSON: maximum recursion depth"),
+            (asks([3], stop=[b"a"] * 33), "there are 33 stop strings, and a request may have 32"),
+            (asks([3], stop=[b"a" * 2049]), "the stop strings have 2049 characters, and a request may have 2048"),
+            (asks([3], stop=["\N{FOX FACE}".encode() * 3000]), "the stop strings have 12000 bytes"),
+            ({"messages": np.array([b"[" * 3200], object)}, "messages is not JSON: maximum recursion depth"),
+            ({"messages": np.array([b"[" * 3201], object)}, "messages has 3201 bytes; what has more than 3200 cannot"),
+            (
+                {"text_input": np.array([b"w3 " * 134], object)},
+                "text_input has 402 bytes; what has more than 400 cannot",
+            ),
+            (
+                {"messages": np.array([b'[{"role":"user","content":"%s"}]' % (b"w3 " * 133)], object)},
+                "the conversation has 4.. characters; what has more than 400 cannot fit",
+            ),
         ):
             with pytest.raises(InvalidArgument, match=words):
                 await served.make(inputs)
@@ -179,7 +198,47 @@ async def test_what_cannot_be_done_is_said(tmp_path: Path) -> None:
         assert (await served.make(drawn(1))).bits == alone(1)
 
 
+async def test_an_answer_has_the_outputs_of_the_configuration_and_no_others(tmp_path: Path) -> None:
+    write_language_model(tmp_path, 'output [{ name: "finish_reason" data_type: TYPE_STRING dims: [1] }]\n')
+    async with open_served(tmp_path) as served:
+        async with served.model.open_responses(served.model.request(drawn(1))) as responses:
+            answers = [response.outputs async for response in responses if response.outputs]
+        assert {tuple(answer) for answer in answers} == {("finish_reason",)}
+
+
 # Cancels
+
+
+async def test_a_text_that_is_being_cut_is_left_at_once_and_nothing_waits_for_the_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The watchdog took the thread for the device, and gave up a device that had nothing to do."""
+    write_language_model(tmp_path)
+    monkeypatch.setattr("triton_trio.backends.jax.generation.instance.LONG", 100)
+    began, go_on = trio.Event(), threading.Event()
+    token = trio.lowlevel.current_trio_token()
+    encode = Tokenizer.encode
+
+    def slow(self: Tokenizer, text: str) -> list[int]:
+        if len(text) > 100:
+            token.run_sync_soon(began.set)
+            go_on.wait(10)
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+    async with open_served(tmp_path) as served:
+        request = served.model.request({"text_input": np.array([b"w3 " * 50], object)})
+        text = Text()
+        try:
+            async with trio.open_nursery() as readers:
+                readers.start_soon(served.read, request, text)
+                await began.wait()
+                request.cancel(Reason.ADMIN)
+                await served.idle()
+                assert (await served.make(drawn(1))).bits == alone(1)
+            assert isinstance(text.error, RequestCancelled)
+        finally:
+            go_on.set()
 
 
 async def test_a_cancel_waits_for_two_programs_and_the_slot_goes_on(tmp_path: Path) -> None:
@@ -363,19 +422,30 @@ async def test_c6_an_error_on_the_device_fails_the_texts_there_and_nobody_else(t
         assert served.engine.resets == 1
 
 
-async def test_an_unload_ends_texts_and_the_model_comes_back(tmp_path: Path) -> None:
+@pytest.mark.parametrize("grace", [0.0, 30.0])
+async def test_an_unload_ends_texts_after_its_grace_and_the_model_comes_back(tmp_path: Path, grace: float) -> None:
     write_language_model(tmp_path)
     gate = DeviceGate()
-    async with open_served(tmp_path, gate=gate, explicit=True, load_models=["llm"]) as served:
+    explicit: dict[str, Any] = {"explicit": True, "load_models": ["llm"], "unload_grace": grace}
+    async with open_served(tmp_path, gate=gate, **explicit) as served:
         text = Text()
         async with trio.open_nursery() as readers:
             readers.start_soon(served.read, served.model.request(drawn(1)), text)
             await gate.wait_dispatched(2)
             await served.advance(6)
-            gate.open()
-            await served.server.unload_model("llm")
+            if grace:
+                gate.open()
+            async with trio.open_nursery() as unloading:
+                unloading.start_soon(served.server.unload_model, "llm")
+                if not grace:
+                    await until(lambda: text.error is not None)
+                    gate.open()
         await served.server.load_model("llm")
-        assert text.error is not None or text.bits == alone(1)
+        if grace:
+            assert text.bits == alone(1)
+        else:
+            assert isinstance(text.error, Unavailable)
+            assert "being unloaded" in text.error.message
         assert (await served.make(drawn(2))).bits == alone(2)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -18,8 +19,10 @@ if TYPE_CHECKING:
     from .tokenizer import Tokenizer
 
 
-#: Bytes of a text that are cut into tokens on the spot, within a millisecond.
-LONG = 8192
+#: Bytes of a text that are cut into tokens on the spot, within a millisecond or so.
+LONG = 4096
+#: Longer ones that are cut at a time, for one model on one device.
+CUTTERS = 2
 
 
 class MemberReader:
@@ -49,11 +52,20 @@ class MemberReader:
 class TextInstance(BackendInstance):
     """One slot."""
 
-    def __init__(self, engine: SlotEngine, slot: int, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        engine: SlotEngine,
+        slot: int,
+        tokenizer: Tokenizer,
+        cutters: trio.CapacityLimiter,
+        outputs: Collection[str],
+    ) -> None:
         self.availability = engine.availability
         self._engine = engine
         self._slot = slot
         self._tokenizer = tokenizer
+        self._cutters = cutters
+        self._outputs = outputs
 
     def statistics(self) -> EngineStatistics:
         """Of the model on this device, which all its slots share."""
@@ -65,21 +77,24 @@ class TextInstance(BackendInstance):
     async def execute(self, batch: Batch) -> None:
         """Make one text.
 
-        **Cancellation:** before and after a long text is cut into tokens; then see :meth:`SlotEngine.open_generation`.
+        **Cancellation:** at any time; while a long text is cut into tokens, the thread that does it is left to end by itself, and
+        holds one of :data:`CUTTERS` places until then.  For what follows see :meth:`SlotEngine.open_generation`.
         """
         (member,) = batch.members
         spec = self._engine.programs.spec
         read = partial(TextRequest.read, member.inputs, spec, self._tokenizer, member.request.label)
-        # The event loop can spare what a short text takes, and a long one is left to a thread.
+        # The event loop can spare what a short text takes, and a long one is left to a thread: pure computation, of which a
+        # cancel need not see the end.
         long = any(len(item) > LONG for name in ("text_input", "messages") for item in member.inputs.get(name, ()))
-        asked = await trio.to_thread.run_sync(read) if long else read()
+        asked = await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self._cutters) if long else read()
         batch.compute_infer_at = trio.current_time()
         reader = MemberReader(batch, member)
         async with self._engine.open_generation(self._slot, asked.prompt, asked.settings, reader) as generation:
             await self._write(batch, member, asked, generation)
 
     async def _write(self, batch: Batch, member: Member, asked: TextRequest, generation: Generation) -> None:
-        stream, stops = self._tokenizer.stream(), StopFilter(asked.stops)
+        stream = self._tokenizer.stream(asked.prompt.tolist() if asked.continues else ())
+        stops = StopFilter(asked.stops)
         ends = self._engine.programs.spec.end_tokens
         parts: list[str] = []
         ids: list[int] = []
@@ -99,7 +114,8 @@ class TextInstance(BackendInstance):
             if reason:
                 parts.append(stops.finish())
             if reason or (batch.decoupled and asked.stream):
-                outputs = answer("".join(parts), ids, logs, reason)
+                made = answer("".join(parts), ids, logs, reason)
+                outputs = {name: array for name, array in made.items() if name in self._outputs}
                 parts, ids, logs = [], [], []
                 if batch.decoupled:
                     await batch.send(member, outputs, final=bool(reason))

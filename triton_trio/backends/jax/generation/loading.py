@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from statistics import median
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
 
 Programs = TypeVar("Programs", bound=SlotPrograms)
 
-#: Times that a step is measured.  The quickest counts: a machine can be too busy, but not too quick.
+#: Times that a program is measured: the median of them tells what it takes, the quickest what it takes at least.
 TRIES = 3
 
 
@@ -48,7 +49,9 @@ class LoadStatistics:
     #: None, as what follows, if ``warmup`` is false or devices of other processes share the model.
     step_ms: float | None = None
     prefill_ms: float | None = None  #: of the longest piece of a prompt
-    cancel_ms: float | None = None  #: the longest that a cancel waits for the device: two programs
+    cancel_ms: float | None = (
+        None  #: what a cancel waits at most: two of the longest programs, in a context that is full
+    )
 
 
 class Loader:
@@ -187,11 +190,13 @@ class FirstRun(Turn):
         return all(leaf.is_ready() for leaf in jax.tree.leaves(self._emitted))
 
 
-async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) -> tuple[float, float]:
+async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) -> tuple[list[float], list[float]]:
     """Run every program once, and the one of one token some times more; the slots are as new afterwards.
 
+    In contexts that are as good as full: the further back a text goes, the longer each program takes.
+
     Returns:
-      Device seconds of one token for every slot, and of the longest piece of a prompt.
+      Device seconds of one token for every slot, and of the longest piece of a prompt; each some times.
 
     Raises:
       InvalidArgument: a program failed: there is not enough memory, most of the time.
@@ -199,7 +204,9 @@ async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) ->
     **Cancellation:** between two programs, when the device is idle for this.
     """
     spec = programs.spec
-    longest, step = math.inf, math.inf
+    pieces: list[float] = []
+    tokens: list[float] = []
+    room = sum(programs.decode) + TRIES
 
     async def run(program: Program) -> float:
         turn = FirstRun(programs, program)
@@ -210,13 +217,10 @@ async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) ->
     def piece(length: int, slot: int) -> Program:
         ids = np.zeros(length, np.int32)
         # A text that ends with its first token leaves its slot free; the last ones keep theirs, for the steps that follow.
-        last = length == min(programs.prefill)
-        tokens = spec.context if last else 1
-        return Program(
-            (),
-            length=length,
-            chunk=PromptChunk(slot=slot, tokens=ids, owner=slot + 1, max_tokens=tokens, min_tokens=tokens),
-        )
+        most = spec.context if length == min(programs.prefill) else 1
+        start = max(spec.context - length - room, 0)
+        chunk = PromptChunk(slot=slot, tokens=ids, start=start, owner=slot + 1, max_tokens=most, min_tokens=most)
+        return Program((), length=length, chunk=chunk)
 
     nobody = np.zeros(spec.slots, np.int32), np.zeros(spec.slots, np.bool_)
 
@@ -226,14 +230,13 @@ async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) ->
     try:
         for length in sorted(programs.prefill, reverse=True):
             tries = [await run(piece(length, number % spec.slots)) for number in range(max(spec.slots, TRIES))]
-            if length == max(programs.prefill):
-                longest = min(tries)
+            pieces = pieces or tries
         for count in sorted(programs.decode, reverse=True):
-            step = min([await run(steps(count)) for _ in range(TRIES if count == 1 else 1)])
+            tokens = [await run(steps(count)) for _ in range(TRIES if count == 1 else 1)]
     except InternalError as exc:
         raise InvalidArgument(f"{exc.message}; that was in the first run, at load") from None
     await trio.to_thread.run_sync(programs.renew)
-    return step, longest
+    return tokens, pieces
 
 
 async def warm_up(model: str, programs: SlotPrograms, device: DeviceThread, target: float) -> None:
@@ -245,8 +248,10 @@ async def warm_up(model: str, programs: SlotPrograms, device: DeviceThread, targ
     Raises, **Cancellation:** see :func:`run_first`.
     """
     assert programs.load is not None
-    step, longest = await run_first(model, programs, device)
-    bound = WINDOW * max(step, longest, target)
+    tokens, pieces = await run_first(model, programs, device)
+    step, longest = min(tokens), min(pieces)
+    several = min(target, max(programs.decode) * median(tokens))  # as many tokens as fit
+    bound = WINDOW * max(median(tokens), median(pieces), several)
     programs.load = replace(programs.load, step_ms=step * 1e3, prefill_ms=longest * 1e3, cancel_ms=bound * 1e3)
     if step > target:
         LOGGER.warning(
@@ -268,7 +273,7 @@ def log_load(model: str, programs: SlotPrograms) -> None:
     if load.step_ms is not None:
         times = (
             f"one token takes {load.step_ms:.1f} ms and the longest piece of a prompt {load.prefill_ms:.1f} ms: a cancel waits "
-            f"for one token at least, for {load.cancel_ms:.1f} ms at most"
+            f"for one token at least, for some {load.cancel_ms:.1f} ms at most"
         )
     LOGGER.info(
         "model '%s' on %s: %d slots of %d tokens; %.1f MiB of parameters, %.1f of KV cache, at most %.1f for a program%s; "

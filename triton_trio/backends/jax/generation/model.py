@@ -18,7 +18,7 @@ from ..device import LOGGER, DeviceThread
 from ..devices import device_name, find_devices
 from .engine import EngineStatistics, SlotEngine, SlotPrograms
 from .hosts import lead
-from .instance import TextInstance
+from .instance import CUTTERS, TextInstance
 from .leader import LeadingPrograms
 from .loading import Loader, log_load, warm_up
 from .options import TextOptions
@@ -42,6 +42,21 @@ def is_language_model(config: ModelConfig) -> bool:
     return found is not None
 
 
+def check_instances(config: ModelConfig, devices: int) -> None:
+    """Raises :exc:`InvalidArgument` if two instances of a group would be on one device.  Blocking: starts JAX's backends."""
+    for group in config.instance_groups:
+        here = 1 if group.gpus else len(jax.local_devices(backend="cpu" if group.kind == "KIND_CPU" else None))
+        if group.count > max(here // devices, 1):
+            raise too_many_instances(config, f"instance_group has count {group.count} where there is room for one")
+
+
+def too_many_instances(config: ModelConfig, what: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"model '{config.name}': {what}; leave count at 1 where there are no more devices, and let the parameter slots say how "
+        "many texts are made side by side"
+    )
+
+
 class LoadedModel:
     """A model on one device: its engine, and which of its slots are instances."""
 
@@ -50,6 +65,7 @@ class LoadedModel:
         self.programs = programs
         self.engine: SlotEngine | None = None
         self.instances = 0
+        self.cutters = trio.CapacityLimiter(CUTTERS)
 
 
 class LlamaModel(BackendModel):
@@ -120,11 +136,11 @@ class LlamaModel(BackendModel):
         assert loaded.engine is not None
         slot, loaded.instances = loaded.instances, loaded.instances + 1
         if slot >= self._options.slots:
-            raise InvalidArgument(
-                f"model '{self._context.config.name}': all slots on {device_name(device)} are taken by one instance; leave count "
-                "at 1 where there are no more devices, and let the parameter slots say how many texts are made side by side"
+            raise too_many_instances(
+                self._context.config, f"all slots on {device_name(device)} are taken by one instance"
             )
-        return TextInstance(loaded.engine, slot, loaded.tokenizer)
+        outputs = frozenset(output.name for output in self._context.config.outputs)
+        return TextInstance(loaded.engine, slot, loaded.tokenizer, loaded.cutters, outputs)
 
     def _engine(self, loaded: LoadedModel, thread: DeviceThread) -> SlotEngine:
         name = self._context.config.name
@@ -158,11 +174,20 @@ async def open_language_model(
     options = TextOptions.read(context.config)
 
     def read() -> tuple[Checkpoint, Tokenizer]:
+        check_instances(context.config, options.devices)
         checkpoint = open_checkpoint(options.find_weights(context.version_directory))
         return checkpoint, checkpoint.tokenizer()
 
     checkpoint, tokenizer = await trio.to_thread.run_sync(read)
     await trio.lowlevel.checkpoint()
+    name, known = context.config.name, checkpoint.config.vocab_size
     if isinstance(tokenizer, NoTokenizer):
-        LOGGER.warning("model '%s': %s: it serves input_ids only", context.config.name, tokenizer.missing)
+        LOGGER.warning("model '%s': %s: it serves input_ids only", name, tokenizer.missing)
+    elif tokenizer.vocab_size > known:
+        LOGGER.warning(
+            "model '%s': its tokenizer has %d tokens and the model %d: a text with one of the others is refused",
+            name,
+            tokenizer.vocab_size,
+            known,
+        )
     yield LlamaModel(context, options, checkpoint, tokenizer, use=use)

@@ -42,6 +42,10 @@ OUTPUTS: tuple[TensorSpec, ...] = (
     TensorSpec("finish_reason", "BYTES", (1,)),  #: ``stop`` or ``length`` with the last ones, until then empty
 )
 _PROMPTS = ("text_input", "messages", "input_ids")
+#: Stop strings of one request, and characters of all of them: each is looked for with each token.
+MOST_STOPS, MOST_STOP_CHARACTERS = 32, 2048
+#: Bytes of ``messages`` for each byte that a prompt may have: JSON may write a character as six, and names roles.
+_JSON = 8
 
 
 def complete(config: ModelConfig) -> ModelConfig:
@@ -82,6 +86,7 @@ class TextRequest:
     """What one request asks for, checked."""
 
     prompt: np.ndarray  #: int32
+    continues: bool  #: the text goes on where the prompt ends, and is no answer to it
     settings: Settings
     stops: tuple[str, ...]
     stream: bool
@@ -96,7 +101,7 @@ class TextRequest:
 
     @classmethod
     def _read(cls, inputs: Mapping[str, Array], spec: SlotSpec, tokenizer: Tokenizer) -> TextRequest:
-        prompt = _prompt(inputs, tokenizer)
+        name, prompt = _prompt(inputs, spec, tokenizer)
         if not len(prompt):
             raise InvalidArgument("the prompt is empty; there is nothing to go on with")
         if len(prompt) > spec.context:
@@ -126,15 +131,28 @@ class TextRequest:
             top_p=_number(inputs, "top_p", 1.0, least=0, most=1),
             seed=int(inputs["seed"][0]) if "seed" in inputs else int.from_bytes(os.urandom(4), "little"),
         )
-        stops = tuple(_text(inputs, "stop", item) for item in inputs.get("stop", ()))
+        stops = _stops(inputs)
         if stops:
             tokenizer.check_text("stop")
-        if "" in stops:
-            raise InvalidArgument("a stop string is empty; every text would end before it begins")
-        return cls(prompt, settings, stops, _flag(inputs, "stream", default=True))
+        return cls(prompt, name != "messages", settings, stops, _flag(inputs, "stream", default=True))
 
 
-def _prompt(inputs: Mapping[str, Array], tokenizer: Tokenizer) -> np.ndarray:
+def _stops(inputs: Mapping[str, Array]) -> tuple[str, ...]:
+    given = inputs.get("stop", ())
+    if len(given) > MOST_STOPS:
+        raise InvalidArgument(f"there are {len(given)} stop strings, and a request may have {MOST_STOPS}")
+    if (size := sum(map(len, given))) > 4 * MOST_STOP_CHARACTERS:  # before anything is decoded
+        raise InvalidArgument(f"the stop strings have {size} bytes, and a request may have {MOST_STOP_CHARACTERS}")
+    stops = tuple(_text("stop", item) for item in given)
+    if "" in stops:
+        raise InvalidArgument("a stop string is empty; every text would end before it begins")
+    if (size := sum(map(len, stops))) > MOST_STOP_CHARACTERS:
+        raise InvalidArgument(f"the stop strings have {size} characters, and a request may have {MOST_STOP_CHARACTERS}")
+    return stops
+
+
+def _prompt(inputs: Mapping[str, Array], spec: SlotSpec, tokenizer: Tokenizer) -> tuple[str, np.ndarray]:
+    """Which of the three it is, and its tokens."""
     given = [name for name in _PROMPTS if name in inputs]
     if len(given) != 1:
         raise InvalidArgument(
@@ -142,20 +160,37 @@ def _prompt(inputs: Mapping[str, Array], tokenizer: Tokenizer) -> np.ndarray:
         )
     (name,) = given
     if name == "input_ids":
-        return np.asarray(inputs[name], np.int32)
-    text = _text(inputs, name, inputs[name][0])
-    if name == "text_input":
-        return np.array(tokenizer.encode(text), np.int32)
+        return name, np.asarray(inputs[name], np.int32)
+    tokenizer.check_text(name)
+    most = spec.context * (tokenizer.longest + 1)  # where a space is no part of a token
+    _check_size(name, inputs[name][0], most * (_JSON if name == "messages" else 1), spec)
+    text = _text(name, inputs[name][0])
+    if name == "messages":
+        text = tokenizer.render(_messages(text))
+        _check_size("the conversation", text, most, spec)
+    return name, np.array(tokenizer.encode(text), np.int32)
+
+
+def _check_size(what: str, text: str | bytes, most: int, spec: SlotSpec) -> None:
+    # Before it is looked at: cutting takes time and memory, and what cannot fit shall have neither.
+    if len(text) > most:
+        raise InvalidArgument(
+            f"{what} has {len(text)} {'characters' if isinstance(text, str) else 'bytes'}; what has more than {most} cannot "
+            f"fit into the model's context of {spec.context} tokens"
+        )
+
+
+def _messages(text: str) -> list[Any]:
     try:
         messages = json.loads(text)
     except (ValueError, RecursionError) as exc:
         raise InvalidArgument(f"messages is not JSON: {exc}") from None
     if not isinstance(messages, list):
         raise InvalidArgument('messages must be a JSON list: [{"role": "user", "content": "..."}]')
-    return np.array(tokenizer.encode_chat(messages), np.int32)
+    return messages
 
 
-def _text(inputs: Mapping[str, Array], name: str, item: Any) -> str:
+def _text(name: str, item: Any) -> str:
     try:
         return bytes(item).decode() if not isinstance(item, str) else item
     except UnicodeDecodeError as exc:
