@@ -144,6 +144,18 @@ async def test_statistics_are_derived_from_what_is_there(serve: Serve) -> None:
     assert counters.queue.count == counters.success.count == 3
 
 
+async def test_what_fails_in_the_model_counts_as_failed_and_as_nothing_else(serve: Serve) -> None:
+    """As Triton counts: who takes a mean of queue or compute times divides by what succeeded."""
+    backend = ScriptedBackend()
+    async with serve({"m": scripted_config()}, backend) as server, calling(server.model("m")) as callers:
+        await callers.call_all("ab")
+        backend.executions[0].fail(triton_trio.InternalError("no"))
+        (await backend.wait_execution(1)).finish()
+    counters = callers.model.counters
+    assert (counters.success.count, counters.fail.count) == (1, 1)
+    assert counters.queue.count == counters.compute_infer.count == counters.compute_output.count == 1
+
+
 async def test_the_quiescence_check_names_what_is_left(serve: Serve) -> None:
     backend = ScriptedBackend()
     async with serve({"m": CONFIG}, backend) as server, calling(server.model("m")) as callers:

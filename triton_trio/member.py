@@ -45,6 +45,7 @@ class Member:
     __slots__ = (
         "_on_released",
         "cohort",
+        "failed",
         "kept",
         "left_at",
         "queue_seconds",
@@ -72,6 +73,7 @@ class Member:
         self.start = start
         self.stop = start + request.batch_size
         self.served = False
+        self.failed = False  #: served with an error
         #: How long it has waited for this execution.  Kept, for the request may be queued again before the execution ends.
         self.queue_seconds = 0.0
         self.left_at: float | None = None

@@ -111,7 +111,7 @@ class ModelCounters:
             self.device_seconds_useful += member.useful_seconds
             self.device_seconds_wasted += member.wasted_seconds
             self.device_seconds_saved += member.saved_seconds
-            if member.served and member.ready:
+            if member.served and member.ready and not member.failed:  # as Triton counts: what succeeded
                 self.queue.add(member.queue_seconds)
                 self.compute_input.add(durations[0])
                 self.compute_infer.add(durations[1])
