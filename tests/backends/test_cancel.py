@@ -440,15 +440,75 @@ async def test_an_explicit_execution_ends_when_the_last_has_left_and_the_device_
         assert gate.dispatched == 2
 
 
-async def test_c1_a_model_that_swallows_the_cancel_stops_all_the_same(tmp_path: Path) -> None:
-    async with looping(tmp_path) as (world, gate):
-        async with world.running([ticks(77)]) as run:
-            await gate.wait_dispatched(1)
+@pytest.mark.parametrize("how", ["swallows", "shields"])
+async def test_c1_a_model_that_goes_on_after_its_cancel_gets_nothing_onto_the_device(tmp_path: Path, how: str) -> None:
+    """Law 9: whatever it catches or returns."""
+    code = {
+        "swallows": LOOP.replace("            if steps != 77:\n                raise\n", "            pass\n"),
+        "shields": LOOP.replace(
+            "        except trio.Cancelled:\n            if steps != 77:\n                raise\n",
+            """
+        except trio.Cancelled:
+            with trio.CancelScope(shield=True):
+                try:
+                    await ctx.fetch(bump, made)
+                except Exception as exc:
+                    ctx.parameters["errors"].append(f"{type(exc).__name__}: {exc}")
+                else:
+                    ctx.parameters["errors"].append("it ran")
+""",
+        ),
+    }[how]
+    gate = Regate()
+    gate.open()
+    context = write_model(tmp_path, code, TICKER_CONFIG.replace("true", "false"))
+    errors: list[str] = []
+    async with open_world(context, gate=gate) as world:
+        await world.execute(ticks(1))
+        gate.close()
+        before = gate.dispatched
+        async with world.running([ticks(40)], parameters={"errors": errors}) as run:
+            await gate.wait_dispatched(before + 2)
             run.cancel(0)
             gate.open()
         assert run.requests[0].outcome is Outcome.CANCELLED
         assert not run.responses[0]
-        assert gate.dispatched <= 2  # every further call raised Cancelled again
+        assert gate.dispatched == before + 2
+        assert run.batch.members[0].steps_after_cancel == 2
+        told = "Unavailable: model 'm': the request is over; nothing of it gets onto the device any more"
+        assert set(errors) == ({told} if how == "shields" else set())
+
+
+async def test_what_a_scope_of_the_models_own_has_cancelled_is_no_waste(tmp_path: Path) -> None:
+    """A limit on one part of the work is the author's business: the request was served, and its time was of use."""
+    code = """
+        import trio
+
+        def bump(x):
+            return x + 1
+
+        async def run(ctx, params, inputs):
+            with trio.CancelScope() as scope:
+                scope.cancel()
+                await ctx.fetch(bump, inputs["STEPS"])
+            made = inputs["STEPS"] * 0
+            with trio.move_on_after(0.001):
+                for _ in range(10_000):
+                    made = await ctx.run(bump, made)
+                    await ctx.checkpoint(made)
+            for _ in range(3):
+                made = await ctx.run(bump, made)
+            return {"MADE": made * 0}
+    """
+    context = write_model(tmp_path, code, TICKER_CONFIG.replace("true", "false"))
+    async with open_world(context) as world:
+        async with world.running([ticks(5)]) as run:
+            pass
+        assert run.responses[0][0]["MADE"].tolist() == [[0]]
+        (member,) = run.batch.members
+        assert (member.wasted_seconds, member.saved_seconds, member.steps_after_cancel) == (0, 0, 0)
+        assert member.useful_seconds > 0
+        assert world.placed.device_seconds_wasted == 0
 
 
 async def test_a_model_whose_step_is_longer_than_the_target_is_reported_once(

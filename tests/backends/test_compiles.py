@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import trio
+import trio.testing
 
-from .world import COUNTDOWN, COUNTDOWN_CONFIG, PlacedStatistics, countdown, open_world, write_model
+from triton_trio.backends.jax.compilations import Compilations
+from triton_trio.backends.jax.placed import PlacedModel
+from triton_trio.errors import InvalidArgument
+
+from .world import (
+    COUNTDOWN,
+    COUNTDOWN_CONFIG,
+    PlacedStatistics,
+    World,
+    countdown,
+    open_world,
+    until,
+    write_model,
+)
 
 VECTOR = """
 input [{ name: "X" data_type: TYPE_FP32 dims: [3] }]
@@ -120,3 +136,172 @@ async def test_a_model_that_is_not_tried_at_load_compiles_at_its_first_request(
         await world.execute(first(0))
         assert after_load(world.placed) == (0, 1)
     assert not caplog.records
+
+
+PARTIAL = """
+import functools
+import jax.numpy as jnp
+
+CONSTANTS = [1, 1.0, True, 0.0, -0.0]
+
+def divided(x, by):
+    return x * 0 + jnp.asarray(1) / jnp.asarray(by) + (jnp.asarray(by).dtype == jnp.int32)
+
+async def run(ctx, params, inputs):
+    constant = CONSTANTS[int(inputs["X"][0, 0])]
+    return {"Y": await ctx.run(functools.partial(divided, by=constant), inputs["X"])}
+"""
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3, 4), (4, 3, 2, 1, 0)])
+async def test_constants_that_are_equal_and_not_the_same_are_programs_of_their_own(
+    tmp_path: Path, order: tuple[int, ...]
+) -> None:
+    """1, 1.0 and True; 0.0 and -0.0: what a request got was what the first one of them had asked for."""
+    context = write_model(tmp_path, PARTIAL, VECTOR, max_batch_size=1, warmup="false")
+    async with open_world(context) as world:
+        made = {each: (await world.execute(first(each)))[0][0]["Y"][0, 0] for each in order}
+    assert made == {0: 2, 1: 1, 2: 1, 3: np.inf, 4: -np.inf}
+
+
+async def test_what_is_bound_to_a_function_that_donates_leaves_it_donating(tmp_path: Path) -> None:
+    code = """
+        import functools
+        import jax
+
+        @functools.partial(jax.jit, donate_argnums=1)
+        def scaled(factor, x):
+            return x * factor
+
+        async def run(ctx, params, inputs):
+            x = await ctx.run(lambda x: x + 0, inputs["X"])
+            y = await ctx.run(functools.partial(scaled, 2.0), x)
+            ctx.parameters["donated"].append(x.is_deleted())
+            return {"Y": y}
+    """
+    donated: list[bool] = []
+    async with open_world(write_model(tmp_path, code, VECTOR, max_batch_size=1, warmup="false")) as world:
+        async with world.running([first(3)], parameters={"donated": donated}) as run:
+            pass
+        assert run.responses[0][0]["Y"].tolist() == [[6, 6, 6]]
+    assert donated == [True]
+
+
+# Requests that leave meanwhile
+
+ANY = """
+input [{ name: "X" data_type: TYPE_FP32 dims: [-1] }]
+output [{ name: "Y" data_type: TYPE_FP32 dims: [-1] }]
+"""
+STEPS_OF_ANY = """
+import jax.numpy as jnp
+
+def init(params, inputs):
+    return {"x": inputs["X"], "left": jnp.int32(3)}
+
+def step(params, carry):
+    return {"x": carry["x"] + 1, "left": carry["left"] - 1}
+
+def done(carry):
+    return carry["left"] <= 0
+
+def finish(params, carry):
+    return {"Y": carry["x"]}
+"""
+EXPLICIT_OF_ANY = """
+def bump(x):
+    return x + 1
+
+async def run(ctx, params, inputs):
+    x = inputs["X"]
+    for _ in range(3):
+        x = await ctx.run(bump, x)
+    return {"Y": x}
+"""
+
+
+class Compiler:
+    """Stops each compilation of one model until the test lets it go on."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.begun = 0
+        self.permits = threading.Semaphore(0)
+        compile_one = PlacedModel.compile
+
+        async def compile_when_told(placed: PlacedModel, job: Callable[[], None], **settings: bool) -> None:
+            def wait() -> None:
+                self.begun += 1
+                self.permits.acquire(timeout=30)
+                job()
+
+            await compile_one(placed, wait, **settings)
+
+        monkeypatch.setattr(PlacedModel, "compile", compile_when_told)
+
+
+@pytest.mark.parametrize("code", [STEPS_OF_ANY, EXPLICIT_OF_ANY], ids=["steps", "explicit"])
+async def test_clients_without_patience_have_their_shape_compiled_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str
+) -> None:
+    """Each compiled from the beginning, and left before the end: nobody was ever served."""
+    compiler = Compiler(monkeypatch)
+    context = write_model(tmp_path, code, ANY, max_batch_size=1, ladder="1,2", warmup="false")
+    ones = {"X": np.ones((1, 4), np.float32)}
+    async with open_world(context) as world:
+        clients = 0
+        while not clients or len(run.responses[0]) == 0:  # noqa: F821  # bound in the first round
+            clients += 1
+            assert clients < 20
+            begun = compiler.begun
+            async with world.running([ones]) as run:
+                await until(lambda: compiler.begun > begun or run.ended.is_set())  # noqa: B023
+                run.cancel(0)
+                # At once: XLA is still at it.
+                await run.ended.wait()
+            compiler.permits.release()
+            await until(lambda: not len(compilations(world)))
+        compiled = world.placed.compiles
+        compiler.permits.release(100)
+        assert (await world.execute(ones))[0][0]["Y"].tolist() == [[4, 4, 4, 4]]
+        assert world.placed.compiles == compiled
+    # init, chunks of 1 and 2 steps, finish, and the check before them; or one function.
+    assert compiler.begun == (5 if code is STEPS_OF_ANY else 1)
+
+
+async def test_those_who_wait_for_one_shape_share_its_compilation_and_each_can_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Compiler(monkeypatch)
+    context = write_model(tmp_path, EXPLICIT_OF_ANY, ANY, max_batch_size=1, warmup="false")
+    ones = {"X": np.ones((1, 4), np.float32)}
+    async with open_world(context) as world:
+        async with world.running([ones, ones, ones]) as run:
+            await until(lambda: compiler.begun)
+            await trio.testing.wait_all_tasks_blocked()
+            run.cancel(0, 1)
+            await until(lambda: run.batch.members[0].released and run.batch.members[1].released)
+            compiler.permits.release(10)
+        assert run.responses[2][0]["Y"].tolist() == [[4, 4, 4, 4]]
+        assert compiler.begun == world.placed.compiles == 1
+
+
+async def test_what_is_wrong_with_a_shape_is_told_to_all_who_wait_for_it_and_again_to_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler = Compiler(monkeypatch)
+    code = "def apply(params, inputs):\n    return {'Y': inputs['X'] @ inputs['X'][:3]}\n"
+    async with open_world(write_model(tmp_path, code, ANY, max_batch_size=2)) as world:
+        four = {"X": np.ones((1, 4), np.float32)}
+        for _ in range(2):
+            compiler.permits.release()
+            async with world.running([four, four]) as run:
+                pass
+            assert {type(error) for error in run.errors.values()} == {InvalidArgument}
+            assert "apply() cannot be traced at line 2" in run.errors[0].message
+        assert compiler.begun == 2
+
+
+def compilations(world: World) -> Compilations:
+    ((placed, _),) = world.model._placed.values()
+    assert placed.compilations is not None
+    return placed.compilations

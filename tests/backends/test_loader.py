@@ -89,11 +89,11 @@ BAD_MODELS = {
     ),
     "cannot be traced": (
         "def apply(params, inputs):\n    return {'Y': inputs['Z']}\n",
-        "apply() cannot be traced: KeyError: 'Z'",
+        "apply() cannot be traced at line 2: KeyError: 'Z'; its inputs are X",
     ),
     "value needed": (
         "def apply(params, inputs):\n    if inputs['X'].sum() > 0: return {}\n    return {'Y': inputs['X']}\n",
-        "apply() cannot be traced: TracerBoolConversionError",
+        "apply() cannot be traced at line 2: TracerBoolConversionError",
     ),
     "no dict": ("def apply(params, inputs):\n    return inputs['X']\n", "apply() must return a dict of arrays"),
     "missing output": ("def apply(params, inputs):\n    return {}\n", "apply(): output 'Y' is missing, got none"),
@@ -237,9 +237,45 @@ async def test_no_model_py(tmp_path: Path) -> None:
             pass
 
 
+async def test_a_callback_in_a_rule_for_many_rows_is_found_too(tmp_path: Path) -> None:
+    """It is not in the function of one row that is traced first."""
+    code = """
+        import jax
+        import numpy as np
+
+        @jax.custom_batching.custom_vmap
+        def doubled(x):
+            return x * 2
+
+        @doubled.def_vmap
+        def rule(size, batched, x):
+            y = jax.pure_callback(lambda x: np.asarray(x) * 2, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
+            return y, True
+
+        def apply(params, inputs):
+            return {"Y": doubled(inputs["X"])}
+    """
+    with pytest.raises(InvalidArgument, match=r"made of it for 1 rows calls back into Python \(pure_callback\)"):
+        async with open_world(write_model(tmp_path, code, VECTOR)):
+            pass
+
+
+async def test_a_run_that_forgets_an_await_is_told_so(tmp_path: Path) -> None:
+    code = """
+        async def later(x):
+            return {"Y": x}
+
+        async def run(ctx, params, inputs):
+            return later(inputs["X"])
+    """
+    with pytest.raises(InvalidArgument, match=r"by output name, got coroutine; is an await missing\?"):
+        async with open_world(write_model(tmp_path, code, VECTOR)):
+            pass
+
+
 async def test_an_explicit_model_is_tried_on_zeros(tmp_path: Path) -> None:
     code = "async def run(ctx, params, inputs):\n    return {'Y': inputs['X'] / inputs['missing']}\n"
-    with pytest.raises(InvalidArgument, match=r"failed when it was tried on zeros: .*warmup to 'false'"):
+    with pytest.raises(InvalidArgument, match=r"tried on zeros at line 2: KeyError: 'missing'; .*warmup to 'false'"):
         async with open_world(write_model(tmp_path, code, VECTOR)):
             pass
 

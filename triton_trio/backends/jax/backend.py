@@ -20,12 +20,14 @@ import jax
 import trio
 
 from ...errors import InvalidArgument
+from ...groups import WithoutGroups
 from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from ..worker import launch, open_worker_model
 from ..worker.process import python, worker_environment
 from .apply import execute_apply
 from .checks import check_config
 from .compilation_cache import use_compilation_cache
+from .compilations import Compilations
 from .device import DeviceStatistics, Executor
 from .devices import Devices, find_devices, find_platform
 from .explicit import FunctionCache, execute_explicit, warm_up
@@ -55,18 +57,26 @@ class JaxInstance(BackendInstance):
         self._states = states
         self._placed = placed
         self._functions = functions
+        self._batch: Batch | None = None
 
     async def execute(self, batch: Batch) -> None:
-        with self._placed.counted(batch):
-            form = self._placed.functions.form
-            if self._states is not None:
-                self._states.admit(batch)
-            if form is Form.STEPS:
-                await execute_steps(self._placed, batch, self._states)
-            elif form is Form.APPLY:
-                await execute_apply(self._placed, batch, self._states)
-            else:
-                await execute_explicit(self._placed, self._functions, batch)
+        self._batch = batch
+        try:
+            with self._placed.counted(batch):
+                await self._execute(batch)
+        finally:
+            self._batch = None
+
+    async def _execute(self, batch: Batch) -> None:
+        form = self._placed.functions.form
+        if self._states is not None:
+            self._states.admit(batch)
+        if form is Form.STEPS:
+            await execute_steps(self._placed, batch, self._states)
+        elif form is Form.APPLY:
+            await execute_apply(self._placed, batch, self._states)
+        else:
+            await execute_explicit(self._placed, self._functions, batch)
 
     def on_sequence_end(self, end: SequenceEnd) -> None:
         if self._states is not None:
@@ -76,8 +86,16 @@ class JaxInstance(BackendInstance):
         """Of the model on this instance's device, which several instances may share."""
         return self._placed.statistics()
 
-    def abandon(self) -> None:
-        self._placed.device.abandon("the device did not let go in time after a cancel; reload the model")
+    def time_left(self, limit: float) -> float | None:
+        device = self._placed.device
+        return device.seconds_left(self._batch, limit) if device.holds(self._batch) else None
+
+    def abandon(self) -> bool:
+        device = self._placed.device
+        # Else it is the model's own code that does not let go.
+        if device.holds(self._batch):
+            device.abandon("the device did not let go in time after a cancel; reload the model")
+        return False
 
 
 class JaxModel(BackendModel):
@@ -96,37 +114,48 @@ class JaxModel(BackendModel):
 
     @asynccontextmanager
     async def open_instance(self, placement: Placement) -> AsyncIterator[JaxInstance]:
-        """The first instance on a device loads the parameters and compiles; the last one frees both.
+        """The first instance on a device loads the parameters and compiles, and frees both when it is closed, last of all.
 
         **Cancellation:** see :meth:`PlacedModel.load`.
         """
         (device,) = await trio.to_thread.run_sync(find_devices, self._context.config.name, placement)
         with self._devices.use([device]) as thread:
             entry = self._placed.get(device)
-            if entry is None:
-                placed = PlacedModel(self._context, self._functions, self._options, device, thread)
-                entry = self._placed[device] = (placed, FunctionCache(placed))
-            placed, functions = entry
-            placed.users += 1
+            if entry is not None:
+                async with self._open_on(*entry) as instance:
+                    yield instance
+                return
+            placed = PlacedModel(self._context, self._functions, self._options, device, thread)
+            functions = FunctionCache(placed)
             try:
-                if placed.users == 1:
-                    await placed.load()
-                    if self._functions.form is Form.EXPLICIT:
-                        await warm_up(placed, functions)
-                    placed.loaded()
-                else:
-                    placed.check_memory()
-                states = await placed.open_states()
-                try:
-                    yield JaxInstance(placed, functions, states)
-                finally:
-                    if states is not None:
-                        states.close()
+                with WithoutGroups(nurseries=1):
+                    async with trio.open_nursery() as nursery:
+                        placed.compilations = Compilations(nursery, placed.name)
+                        self._placed[device] = placed, functions
+                        try:
+                            async with self._open_on(placed, functions) as instance:
+                                yield instance
+                        finally:
+                            nursery.cancel_scope.cancel(reason="model unloaded")
             finally:
-                placed.users -= 1
-                if not placed.users:
-                    placed.unload()
-                    del self._placed[device]
+                placed.unload()
+                del self._placed[device]
+
+    @asynccontextmanager
+    async def _open_on(self, placed: PlacedModel, functions: FunctionCache) -> AsyncIterator[JaxInstance]:
+        placed.users += 1
+        try:
+            if placed.users == 1:
+                await placed.load()
+                if self._functions.form is Form.EXPLICIT:
+                    await warm_up(placed, functions)
+                placed.loaded()
+            else:
+                placed.check_memory()
+            async with placed.open_states() as states:
+                yield JaxInstance(placed, functions, states)
+        finally:
+            placed.users -= 1
 
 
 class JaxBackend(Backend):

@@ -13,6 +13,7 @@ import numpy as np
 
 from ...errors import InvalidArgument
 from ...tensor import DTYPES
+from .loader import at_line
 
 if TYPE_CHECKING:
     from ...config import ModelConfig, TensorSpec
@@ -105,7 +106,11 @@ class FunctionChecker:
         try:
             jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
         except Exception as exc:  # noqa: BLE001  (any error of the author's function)
-            raise self._bad(f"{name}() cannot be traced: {type(exc).__name__}: {_first_paragraph(exc)}") from None
+            where = at_line(exc, self._functions.path)
+            hint = f"; its inputs are {', '.join(self._row)}" if isinstance(exc, KeyError) else ""
+            raise self._bad(
+                f"{name}() cannot be traced{where}: {type(exc).__name__}: {_first_paragraph(exc)}{hint}"
+            ) from None
         problem = callback_problem(jaxpr.jaxpr)
         if problem:
             raise self._bad(f"{name}() {problem}")
@@ -171,6 +176,13 @@ def outputs_problem(specs: Sequence[TensorSpec], outputs: Mapping[str, tuple[tup
     if extra:
         return f"output '{extra[0]}' is not in config.pbtxt, which has {[spec.name for spec in specs]}"
     return ""
+
+
+def refuse_callbacks(where: str, jaxpr: Any) -> None:
+    """Raises :exc:`InvalidArgument` with ``where`` in front if a traced function calls Python."""
+    problem = callback_problem(jaxpr)
+    if problem:
+        raise InvalidArgument(f"{where} {problem}")
 
 
 def callback_problem(jaxpr: Any) -> str:

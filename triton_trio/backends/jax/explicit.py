@@ -9,6 +9,7 @@ else's business.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import traceback
 from collections import OrderedDict
@@ -19,11 +20,12 @@ import jax
 import numpy as np
 import trio
 
-from ...errors import InternalError, InvalidArgument, TritonError
+from ...errors import InternalError, InvalidArgument, TritonError, Unavailable, no_panic
 from ...tensor import DTYPES
 from .checks import Avals, aval, callback_problem, outputs_problem
 from .device import Pause, Turn
-from .job import DeviceJob
+from .job import DeviceJob, open_trial
+from .loader import at_line
 from .programs import precision, static_shapes
 
 if TYPE_CHECKING:
@@ -103,19 +105,19 @@ class FunctionCache:
         self._compiling = trio.Lock()
 
     async def get(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Callable[..., Any]:
-        """The program for ``function`` and arguments like ``args``; compiled in a worker thread when first needed."""
+        """The program for ``function`` and arguments like ``args``; compiled in a worker thread when first needed.
+
+        **Cancellation:** see :meth:`Compilations.wait`.
+        """
         key: Key = (_identity(function), tuple(map(self._signature, args)))
-        program = self._programs.get(key)
-        if program is None:
-            async with self._compiling:
-                program = self._programs.get(key)
-                if program is None:
-                    new_shape = not self._placed.warm or self._is_new_shape(key)
-                    program = self._programs[key] = await self._compile(function, args, new_shape=new_shape)
-                    if len(self._programs) > PROGRAMS:
-                        self._programs.popitem(last=False)
-        self._programs.move_to_end(key)
-        return program
+        while True:
+            program = self._programs.get(key)
+            if program is not None:
+                self._programs.move_to_end(key)
+                return program
+            assert self._placed.compilations is not None
+            compile_it = functools.partial(self._compile, key, function, args)
+            await self._placed.compilations.wait(key, f"{_function_name(function)}()", compile_it)
 
     def _signature(self, arg: Any) -> object:
         if arg is not None and arg is self._placed.params:
@@ -129,10 +131,7 @@ class FunctionCache:
         known = [_shapes(other) for identity, other in self._programs if identity == function]
         return bool(known) and _shapes(signature) not in known
 
-    async def _compile(
-        self, function: Callable[..., Any], args: tuple[Any, ...], *, new_shape: bool
-    ) -> Callable[..., Any]:
-        compiled: list[Callable[..., Any]] = []
+    async def _compile(self, key: Key, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         sharding = jax.sharding.SingleDeviceSharding(self._placed.jax_device)
 
         def fenced(*args: Any) -> Any:
@@ -152,23 +151,34 @@ class FunctionCache:
             if problem:
                 # Whatever the request was: the mistake is the model's.
                 raise InternalError(f"{self._placed.name}: ctx.run: {_function_name(function)}() {problem}")
-            compiled.append(traced.lower().compile())
+            # Here, so that it is kept if everybody has left meanwhile.
+            self._programs[key] = traced.lower().compile()
 
-        await self._placed.compile(job, new_shape=new_shape)
-        if not new_shape:
-            self._placed.warn_of_compile(f"ctx.run: {_function_name(function)}()")
-        return compiled[0]
+        async with self._compiling:
+            new_shape = not self._placed.warm or self._is_new_shape(key)
+            if not new_shape:
+                self._placed.warn_of_compile(f"ctx.run: {_function_name(function)}()")
+            while len(self._programs) >= PROGRAMS:
+                self._programs.popitem(last=False)
+            await self._placed.compile(job, new_shape=new_shape)
 
 
 def _identity(function: Callable[..., Any]) -> object:
     if isinstance(function, functools.partial):
-        key = (_identity(function.func), function.args, tuple(sorted(function.keywords.items())))
+        key = (_identity(function.func), _constant(function.args), _constant(sorted(function.keywords.items())))
         try:
             hash(key)
         except TypeError:
             return function
         return key
     return function
+
+
+def _constant(value: Any) -> object:
+    # 1, 1.0 and True are equal, as are 0.0 and -0.0, and make programs that are not.
+    if isinstance(value, tuple | list):
+        return type(value), tuple(map(_constant, value))
+    return type(value), repr(value) if isinstance(value, float | complex) else value
 
 
 def _shapes(signature: tuple[Any, ...]) -> object:
@@ -199,12 +209,17 @@ def _leaf_signature(leaf: Any) -> object:
 
 def _donated(function: Callable[..., Any], avals: tuple[Any, ...]) -> tuple[int, ...]:
     """The arguments that the author's own ``jax.jit(..., donate_argnums=...)`` donates."""
-    if not hasattr(function, "lower"):
+    bound: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
+    jitted: Any = function
+    while isinstance(jitted, functools.partial):
+        bound, keywords, jitted = jitted.args + bound, jitted.keywords | keywords, jitted.func
+    if not hasattr(jitted, "lower"):
         return ()
-    infos, _ = function.lower(*avals).args_info
+    infos, _ = jitted.lower(*bound, *avals, **keywords).args_info
     return tuple(
         index
-        for index, info in enumerate(infos)
+        for index, info in enumerate(infos[len(bound) :])
         if any(leaf.donated for leaf in jax.tree.leaves(info, is_leaf=_is_info))
     )
 
@@ -217,7 +232,10 @@ class ExplicitContext:
     """What ``run`` awaits.
 
     **Cancellation:** every method is a Trio checkpoint of this request; when ``Cancelled`` is raised, the device is idle
-    for it.
+    for it.  Afterwards nothing more gets onto the device, whatever ``run`` catches or shields.
+
+    Args:
+      live: whether anybody wants what comes of it.
     """
 
     def __init__(
@@ -229,11 +247,13 @@ class ExplicitContext:
         send: Send | None,
         batch_size: int = 1,
         parameters: Mapping[str, ParameterValue] | None = None,
+        live: Callable[[], bool] = lambda: True,
     ) -> None:
         self._placed = placed
         self._functions = functions
         self._job = job
         self._send = send
+        self._live = live
         self.batch_size = batch_size  #: rows of this request
         self.parameters = parameters or {}  #: that the client sent along
         self.rescheduled = False
@@ -255,14 +275,14 @@ class ExplicitContext:
 
         ``value`` is what the author waits for, for the reader of the code; the device works in order.
         """
-        await self._job.call(Pause())
+        await self._submit(Pause())
 
     async def fetch(self, what: Any, /, *args: Any) -> Any:
         """Values on the device → numpy arrays; or ``fetch(function, *args)``: run it and fetch its result."""
         if callable(what):
             return await self._call(what, args, fetch=True)
         turn = FetchTurn(what)
-        await self._job.call(turn)
+        await self._submit(turn)
         return turn.value
 
     async def send(self, outputs: Mapping[str, Any]) -> None:
@@ -306,9 +326,11 @@ class ExplicitContext:
     ) -> dict[str, Array]:
         """Fetch ``outputs`` and check them against ``specs``, by default those of config.pbtxt."""
         if not isinstance(outputs, Mapping):
-            raise InternalError(
-                f"{self._placed.name}: {where} must have a dict of arrays by output name, got {type(outputs).__name__}"
-            )
+            got = f"got {type(outputs).__name__}"
+            if inspect.iscoroutine(outputs):
+                outputs.close()
+                got += "; is an await missing?"
+            raise InternalError(f"{self._placed.name}: {where} must have a dict of arrays by output name, {got}")
         config, batched = self._placed.config, self._placed.batched
         arrays = {name: np.asarray(value) for name, value in (await self.fetch(dict(outputs))).items()}
         if batched:
@@ -328,16 +350,27 @@ class ExplicitContext:
         return arrays
 
     async def _call(self, function: Callable[..., Any], args: tuple[Any, ...], *, fetch: bool) -> Any:
-        program = await self._functions.get(function, args)
+        try:
+            program = await self._functions.get(function, args)
+        except Exception:
+            await trio.lowlevel.cancel_shielded_checkpoint()  # as in DeviceJob.call()
+            raise
         turn = RunTurn(self._placed.options.x64, program, args, fetch=fetch)
-        await self._job.call(turn)
+        await self._submit(turn)
         return turn.value
+
+    async def _submit(self, turn: Turn) -> None:
+        if not self._live():
+            # In a scope that is shielded from the request's, or it would be Cancelled.
+            await trio.lowlevel.checkpoint()
+            raise Unavailable(f"{self._placed.name}: the request is over; nothing of it gets onto the device any more")
+        await self._job.call(turn)
 
 
 async def warm_up(placed: PlacedModel, functions: FunctionCache) -> None:
     """Run the model once on zeros, so that its programs are compiled and its outputs checked before it is ready.
 
-    Models with variable dims are not run.  **Cancellation:** as a request's.
+    Models with variable dims are not run.  **Cancellation:** see :func:`~.job.open_trial`.
     """
     shapes = static_shapes(placed.config.inputs)
     if shapes is None or not placed.options.warmup:
@@ -351,16 +384,20 @@ async def warm_up(placed: PlacedModel, functions: FunctionCache) -> None:
 
     assert placed.functions.run is not None
     where = f"{placed.name}: {placed.functions.path}: run()"
-    async with DeviceJob(placed.device, placed.name) as job:
+    async with open_trial(placed.device, placed.name, placed.release_limit) as job:
         ctx = ExplicitContext(placed, functions, job, send=drop if placed.config.decoupled else None)
         try:
             await ctx.to_result(await placed.functions.run(ctx, placed.params, inputs))
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's function raises
             LOGGER.error("%s failed when it was tried on zeros: %s", where, traceback.format_exc())
             raise InvalidArgument(
-                f"{where} failed when it was tried on zeros: {exc}; if zeros are no valid input, set the parameter "
-                "warmup to 'false' in config.pbtxt"
+                f"{where} failed when it was tried on zeros{at_line(exc, placed.functions.path)}: {_told(exc)}; if zeros are no "
+                "valid input, set the parameter warmup to 'false' in config.pbtxt"
             ) from None
+
+
+def _told(exc: BaseException) -> str:
+    return exc.message if isinstance(exc, TritonError) else f"{type(exc).__name__}: {exc}"
 
 
 async def execute_explicit(placed: PlacedModel, functions: FunctionCache, batch: Batch) -> None:
@@ -381,7 +418,7 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
     if not member.live:
         member.release()
         return
-    job = DeviceJob(placed.device, placed.name)
+    job = DeviceJob(placed.device, placed.name, owner=batch)
     completed = False
     assert placed.functions.run is not None
     member.scope = trio.CancelScope()
@@ -395,8 +432,10 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
                     send=functools.partial(batch.send, member) if batch.decoupled else None,
                     batch_size=member.stop - member.start,
                     parameters=member.request.parameters,
+                    live=lambda: member.live,
                 )
-                response = await ctx.to_result(await placed.functions.run(ctx, placed.params, dict(member.inputs)))
+                with no_panic(f"{placed.name}: run() failed"):
+                    response = await ctx.to_result(await placed.functions.run(ctx, placed.params, dict(member.inputs)))
             completed = True
             batch.compute_output_at = batch.compute_output_at or trio.current_time()
             if ctx.rescheduled:
@@ -413,10 +452,12 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
         batch.fail(member, InternalError(f"{placed.name}: run() failed: {type(exc).__name__}: {exc}"))
     finally:
         member.scope = None
-        after = job.seconds_after_cancel
+        # The job has been cancelled by scopes of the model's own, too: what came of that was wanted.
+        left = member.left_at is not None and not member.kept
+        after = job.seconds_after_cancel if left else 0.0
         batch.charge(member, job.device_seconds - after, wasted=False)
         batch.charge(member, after, wasted=True)
         placed.typical.settle(member, job.steps, completed=completed)
-        member.steps_after_cancel += job.steps_after_cancel
+        member.steps_after_cancel += job.steps_after_cancel if left else 0
         if not member.live:
             member.release()

@@ -126,12 +126,13 @@ def _import(path: Path, model_name: str, version: int) -> ModuleType:
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's file raises
             sys.modules.pop(module.__name__, None)
             raise InvalidArgument(
-                f"model '{model_name}': importing {path} failed{_at_line(exc, path)}: {type(exc).__name__}: {exc}"
+                f"model '{model_name}': importing {path} failed{at_line(exc, path)}: {type(exc).__name__}: {exc}"
             ) from None
     return module
 
 
-def _at_line(exc: BaseException, path: Path) -> str:
+def at_line(exc: BaseException, path: Path) -> str:
+    """`` at line 12``: where in ``path`` it was raised; empty if it was not."""
     if isinstance(exc, SyntaxError):
         return ""  # its text has the line
     lines = (

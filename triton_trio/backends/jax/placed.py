@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from ...errors import InternalError, InvalidArgument
 from .accounts import Typical
 from .checks import FunctionChecker, aval
 from .compilation_cache import CACHE_HITS
+from .compilations import Compilations
 from .controller import ChunkController
+from .job import open_trial
 from .loader import Form, LoadContext
 from .memory import MIB, failure_text, tree_bytes
 from .probe import measure_step
 from .programs import ProgramBuilder, ProgramSet, RowShapes, precision, row_avals, static_shapes
-from .states import StateLayout, StateStore
+from .states import OpenStates, StateLayout, StateStore
 from .turns import row_shapes
 
 if TYPE_CHECKING:
@@ -86,6 +89,7 @@ class PlacedModel:
         self.device = device
         self.batched = self.config.max_batch_size > 0
         self.name = f"model '{self.config.name}'"
+        self.release_limit = context.release_limit
         self.params: Any = None
         self.users = 0  #: instances; of the backend
         #: None: the server keeps the states of sequences, if there are any.
@@ -95,7 +99,10 @@ class PlacedModel:
         self._builder: ProgramBuilder | None = None
         self._sets: OrderedDict[RowShapes, dict[int, ProgramSet]] = OrderedDict()  #: by bucket; last, who was last used
         self._checked: set[RowShapes] = set()
+        #: Sets of which a part is compiled, and what is left; the oldest first.
+        self._begun: OrderedDict[tuple[int, RowShapes], tuple[ProgramSet, Iterator[Callable[[], None]]]] = OrderedDict()
         self._compiling = trio.Lock()
+        self.compilations: Compilations | None = None  #: for requests
         self._loaded = False
         self._warned_of_compile = False
         self._step_at_load: float | None = None
@@ -176,7 +183,8 @@ class PlacedModel:
         shapes = static_shapes(self.config.inputs)
         if self.functions.form is not Form.EXPLICIT and shapes is not None:
             for bucket in self.options.buckets:
-                programs = await self._program_set(bucket, shapes)
+                await self._compile_set(bucket, shapes)
+            programs = self._sets[shapes][self.options.buckets[-1]]
             if self.functions.form is Form.STEPS and self.options.warmup:
                 await self._measure_step(programs, shapes)
 
@@ -221,31 +229,31 @@ class PlacedModel:
                     + failure_text(self.name, self.device.name, str(exc))
                 ) from None
 
-    async def open_states(self) -> StateStore | None:
-        """For one instance, which closes it; None: its requests bring their states.
+    @asynccontextmanager
+    async def open_states(self) -> AsyncIterator[StateStore | None]:
+        """For one instance; None: its requests bring their states.
 
         Raises:
           InvalidArgument: they do not fit.
 
-        **Cancellation:** before they are made.
+        **Cancellation:** see :func:`~.job.open_trial`.
         """
         if self.layout is None:
-            return None
+            yield None
+            return
         store = StateStore(self.layout, self.config.name)
-
-        def open_store() -> None:
-            with precision(self.options.x64):
-                store.open()
-
         try:
-            await trio.to_thread.run_sync(open_store)
-        except jax.errors.JaxRuntimeError as exc:
+            async with open_trial(self.device, self.name, self.release_limit) as job:
+                await job.call(OpenStates(store))
+        except InternalError as exc:
             raise InvalidArgument(
                 f"{self.name}: {self.layout.bytes / MIB:.1f} MiB for the states of {self.layout.count} sequences do not "
-                "fit; set the parameter state_on_device to 'false' in config.pbtxt, or allow for fewer: "
-                + failure_text(self.name, self.device.name, str(exc))
+                f"fit; set the parameter state_on_device to 'false' in config.pbtxt, or allow for fewer: {exc.message}"
             ) from None
-        return store
+        try:
+            yield store
+        finally:
+            store.close()
 
     def shown(self, outputs: dict[str, Any]) -> dict[str, Any]:
         """Without the states that stay on the device."""
@@ -266,15 +274,24 @@ class PlacedModel:
         self.params = None
         self._builder = None
         self._sets.clear()
+        self._begun.clear()
 
     # Programs
 
     async def program_set(self, batch: Batch) -> ProgramSet:
         """The programs for a batch; compiled now, the batch waiting, if its shape is new to a model with variable dims.
 
-        **Cancellation:** between compilations.
+        **Cancellation:** see :meth:`Compilations.wait`.
         """
-        return await self._program_set(self.options.bucket(batch.rows if self.batched else 1), self._shapes(batch))
+        bucket, shapes = self.options.bucket(batch.rows if self.batched else 1), self._shapes(batch)
+        while True:
+            found = self._sets.get(shapes, {}).get(bucket)
+            if found is not None:
+                self._sets.move_to_end(shapes)
+                return found
+            assert self.compilations is not None
+            compile_set = functools.partial(self._compile_set, bucket, shapes)
+            await self.compilations.wait((bucket, shapes), f"bucket {bucket}", compile_set)
 
     def program_sets(self) -> Iterator[ProgramSet]:
         """All that are kept."""
@@ -288,36 +305,49 @@ class PlacedModel:
     def _shapes(self, batch: Batch) -> RowShapes:
         return row_shapes(batch, self.config.inputs, self.states_on_device, batched=self.batched)
 
-    async def _program_set(self, bucket: int, shapes: RowShapes) -> ProgramSet:
-        found = self._sets.get(shapes, {}).get(bucket)
-        if found is None:
-            async with self._compiling:
-                found = self._sets.get(shapes, {}).get(bucket)
-                if found is None:
-                    found = await self._build(bucket, shapes)
-                    self._sets.setdefault(shapes, {})[bucket] = found
+    async def _compile_set(self, bucket: int, shapes: RowShapes) -> None:
+        """Compile what there is for such a batch; or the rest of it, if somebody left in the middle.
+
+        **Cancellation:** between compilations; those that were made are kept.
+        """
+        key = bucket, shapes
+        async with self._compiling:
+            if key not in self._begun:
+                self._begun[key] = await self._begin_set(bucket, shapes)
+            programs, jobs = self._begun[key]
+            try:
+                for job in jobs:
+                    await self.compile(job, new_shape=True)
+                    self._check_memory(programs)
+            except Exception:
+                del self._begun[key]
+                raise
+            del self._begun[key]
+        if programs.not_donated and not self._warned_of_copies:
+            self._warned_of_copies = True
+            LOGGER.warning("%s: bucket %d: %s", self.name, bucket, programs.not_donated)
+        self._sets.setdefault(shapes, {})[bucket] = programs
         self._sets.move_to_end(shapes)
         if len(self._sets) > self.options.shapes:  # all buckets of the one that has not been used for longest
             self._sets.popitem(last=False)
-        return found
 
-    async def _build(self, bucket: int, shapes: RowShapes) -> ProgramSet:
+    async def _begin_set(self, bucket: int, shapes: RowShapes) -> tuple[ProgramSet, Iterator[Callable[[], None]]]:
         assert self._builder is not None
         row = row_avals(self.config.inputs, dict(shapes))
         if shapes not in self._checked:
             params = jax.tree.map(lambda leaf: aval(leaf.shape, leaf.dtype), self.params)
             checker = FunctionChecker(self.config, self.functions, params, row)
-            await self.compile(checker.check, count=False)
-            if len(self._checked) < 4096:
-                self._checked.add(shapes)
+
+            def check() -> None:
+                checker.check()
+                if len(self._checked) < 4096:
+                    self._checked.add(shapes)
+
+            await self.compile(check, count=False)
+        while len(self._begun) >= self.options.shapes:
+            self._begun.popitem(last=False)
         programs = ProgramSet(bucket, ChunkController(self.options.target, self.options.ladder))
-        for job in self._builder.build(programs, row):
-            await self.compile(job, new_shape=True)
-            self._check_memory(programs)
-        if programs.not_donated and not self._warned_of_copies:
-            self._warned_of_copies = True
-            LOGGER.warning("%s: bucket %d: %s", self.name, bucket, programs.not_donated)
-        return programs
+        return programs, self._builder.build(programs, row)
 
     def check_memory(self) -> None:
         """For another instance on this device, which may have a batch of its own there; raises as :meth:`load`."""

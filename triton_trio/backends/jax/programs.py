@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...tensor import DTYPES
-from .checks import Avals, aval, model_dims
+from .checks import Avals, aval, model_dims, refuse_callbacks
 from .controller import ChunkController
 from .memory import ProgramMemory, donation_problem
 
@@ -140,7 +140,10 @@ class ProgramBuilder:
         self, programs: ProgramSet, function: Callable[..., Any], *avals: Avals, donate: int | None = None
     ) -> Compiled:
         jitted = jax.jit(function, donate_argnums=() if donate is None else donate)
-        compiled: Any = jitted.lower(*avals).compile()
+        traced = jitted.trace(*avals)
+        # Of one row nobody has seen any; a rule for many rows (custom_vmap) may have its own.
+        refuse_callbacks(f"{self._functions.path}: what is made of it for {programs.bucket} rows", traced.jaxpr.jaxpr)
+        compiled: Any = traced.lower().compile()
         memory = ProgramMemory.of(compiled, *(each for each in avals if each is not self._params))
         if memory is not None and (programs.memory is None or memory.total > programs.memory.total):
             programs.memory = memory

@@ -21,6 +21,7 @@ import numpy as np
 from ...errors import Unavailable
 from ...tensor import DTYPES
 from .checks import Avals, aval, model_dims
+from .device import Turn
 from .memory import tree_bytes
 from .programs import precision
 from .turns import stack_inputs
@@ -174,12 +175,6 @@ class StateStore:
         # One thread may forget a sequence while the other keeps the states of another.
         self._lock = threading.Lock()
 
-    def open(self) -> None:
-        """Make the arrays; blocking."""
-        self._arrays = self._layout.make()
-        for array in self._arrays.values():
-            array.block_until_ready()
-
     def close(self) -> None:
         """Free them."""
         self._arrays = None
@@ -215,6 +210,20 @@ class StateStore:
 
     # In the device thread
 
+    def open(self) -> None:
+        """Begin to make the arrays."""
+        with precision(self._layout.x64):
+            self._arrays = self._layout.make()
+
+    def wait_open(self) -> None:
+        """Block until they are there; raises what went wrong."""
+        for array in self._current().values():
+            array.block_until_ready()
+
+    def ready(self) -> bool:
+        """Whether :meth:`wait_open` would not block."""
+        return all(array.is_ready() for array in self._current().values())
+
     def take(self, members: Sequence[Member], bucket: int) -> Arrays:
         """The states of these members, one row each.
 
@@ -245,9 +254,8 @@ class StateStore:
                 kept.append(slot)
         if not kept:
             return
-        arrays = self._current()
         with precision(self._layout.x64):
-            self._arrays = self._layout.put(arrays, outputs, target)
+            self._arrays = self._layout.put(self._current(), outputs, target)
         with self._lock:
             for slot in kept:
                 self._kept[slot.index] = slot.generation
@@ -273,3 +281,22 @@ class StateStore:
         slot = member.request.state_slot
         assert slot is not None
         return slot.index if self._kept[slot.index] == slot.generation else self._layout.count
+
+
+class OpenStates(Turn):
+    """Make a store's arrays."""
+
+    at_load = True
+
+    def __init__(self, store: StateStore) -> None:
+        self._store = store
+
+    def dispatch(self) -> bool:
+        self._store.open()
+        return True
+
+    def wait(self) -> None:
+        self._store.wait_open()
+
+    def ready(self) -> bool:
+        return self._store.ready()
