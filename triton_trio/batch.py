@@ -51,7 +51,7 @@ class Batch:
       hand: gets every response and failure to pass on, in preserve_ordering's order; None passes them on at once.
       on_released: told when a member's device resources are free.
       on_abandoned: told when nobody waits for the execution any more: the last member has left, and it has been cancelled, or
-        they were all served, and a program is still out.
+        goes on for its sequence's state; or they were all served, and a program is still out.
       on_ended: told when nothing is left to do or to count for a cohort, of its members.
       joining: whom :meth:`join` asks; None: nobody joins.
     """
@@ -233,6 +233,8 @@ class Batch:
         member.kept = self._keep_cancelled
         member.left_at = trio.current_time()
         if member.kept:
+            if all(other.served or other.left_at is not None for other in self.members):
+                self._on_abandoned(self)
             return
         if member.scope is not None:
             member.scope.cancel(reason=reason.value)
@@ -362,6 +364,7 @@ class Batch:
         """End one member with an error; its neighbours do not notice."""
         if not member.live:
             return
+        member.failed = True
         self._serve(member)
         request = member.request
         if self._hand is None:

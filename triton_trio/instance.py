@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from .batch import Batch, Cohort, Hand, Member, Reshape
-from .errors import InternalError, TritonError
+from .errors import InternalError, TritonError, no_panic
 from .observe.cancel_log import log_cancelled
 from .scheduling import Seat
 from .scopes import Reason
@@ -33,6 +33,8 @@ LOGGER = logging.getLogger("triton_trio.instance")
 
 #: Executions after which an instance lets other tasks run, whether or not its backend ever waits.
 TURN = 8
+#: Into so many parts the release limit is cut; see ``ModelInstance._wait_released``.
+PARTS = 8
 #: Seconds after which an execution that returns, though it was cancelled, is worth a word in the log.
 SWALLOWED = 0.1
 
@@ -85,6 +87,7 @@ class ModelInstance:
         self._release_limit = release_limit
         self._watchdogs = watchdogs
         self._released: trio.Event | None = None
+        self._ending = False
         order = model.scheduler.order
         self._hand: Hand | None = None if order is None else order.hand_over
         self._output_names = tuple(output.name for output in model.config.outputs)
@@ -165,7 +168,7 @@ class ModelInstance:
         )
         self.state = InstanceState.EXECUTING
         try:
-            with batch.scope.cancel_scope:
+            with batch.scope.cancel_scope, no_panic(f"model '{self.model.name}' failed"):
                 await self._backend.execute(batch)
         except TritonError as exc:
             self._fail_live(batch, exc)
@@ -230,26 +233,50 @@ class ModelInstance:
 
     # The watchdog
 
+    def end(self) -> None:
+        """Its model ends: from now on its device's time to let go is limited."""
+        self._ending = True
+        if self.batch is not None:
+            self.watch_release(self.batch)
+
     def watch_release(self, batch: Batch) -> None:
         """From now on the device has ``release_limit`` seconds to let go of ``batch``, and those that it is known to need."""
         if batch is self.batch and self._released is None:
             self._released = trio.Event()
-            limit = self._release_limit + batch.owed_seconds
             # Owner: the server's outermost nursery; ends when the execution has ended, or at the limit.
-            self._watchdogs.start_soon(self._watchdog, self._released, limit, name=f"watchdog of {self.name}")
+            self._watchdogs.start_soon(self._watchdog, batch, self._released, name=f"watchdog of {self.name}")
 
-    async def _watchdog(self, released: trio.Event, limit: float) -> None:
+    async def _watchdog(self, batch: Batch, released: trio.Event) -> None:
+        began = trio.current_time()
+        left = self._release_limit + batch.owed_seconds
         # Shielded, for a shutdown must not cancel what bounds it; bounded by the limit itself.
-        with trio.move_on_after(limit, shield=True):
-            await released.wait()
-        if released.is_set():
-            return
-        what = f"its device did not let go within {limit:.1f} s, and nobody waits for it"
-        self._backend.abandon()
-        if self._backend.availability is None or self._backend.availability.why:
-            self._quarantine(what)
+        with trio.CancelScope(shield=True):
+            while left > 0:
+                if await self._wait_released(released, left):
+                    return
+                left = self._time_left(batch)
+        took = trio.current_time() - began
+        if self._backend.abandon():
+            LOGGER.error("instance %s: %s; the device is made anew", self.name, _late(took))
         else:
-            LOGGER.error("instance %s: %s; the device is made anew", self.name, what)
+            self._quarantine(_late(took))
+
+    async def _wait_released(self, released: trio.Event, seconds: float) -> bool:
+        # In parts, for time in which nobody could run (a stopped process, a library that holds the GIL) is not the device's:
+        # of such a time one part counts.
+        for _ in range(PARTS):
+            with trio.move_on_after(seconds / PARTS):
+                await released.wait()
+                return True
+        return released.is_set()
+
+    def _time_left(self, batch: Batch) -> float:
+        left = self._backend.time_left(self._release_limit)
+        if left is not None:
+            return left
+        # Cancelled, and computed to the end all the same: it takes what it takes.
+        goes_on = not self._ending and any(member.kept and member.live for member in batch.members)
+        return self._release_limit if goes_on else 0.0
 
     def _quarantine(self, what: str) -> None:
         self.state = InstanceState.QUARANTINED
@@ -257,6 +284,10 @@ class ModelInstance:
             self.why_lost = self._backend.availability.why
         LOGGER.error("instance %s quarantined: %s; it gets no more work", self.name, what)
         self.model.instance_quarantined(self)
+
+
+def _late(seconds: float) -> str:
+    return f"its device did not let go within {seconds:.1f} s, and nobody waits for it"
 
 
 def reshape_outputs(config: ModelConfig) -> Reshape:

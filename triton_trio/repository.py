@@ -21,7 +21,7 @@ from .config import (
     refuse_unsupported,
 )
 from .ensemble import EnsembleModel, check_no_cycle, complete_ensemble, find_dependents
-from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable
+from .errors import InternalError, InvalidArgument, NotFound, TritonError, Unavailable, no_panic
 from .model import Model, ModelState
 from .repository_entry import Entry, IndexEntry, Load, complete_config, read_model, state_of
 from .response_cache import ResponseCache
@@ -209,13 +209,15 @@ class ModelRepository:
 
     async def _run_load(self, name: str, entry: Entry, load: Load) -> None:
         error: tuple[type[TritonError], str] | None = (Unavailable, f"load failed for model '{name}': load cancelled")
+        LOGGER.info("loading '%s'", name)
         try:
-            with load.waiters.cancel_scope:
+            with load.waiters.cancel_scope, no_panic(f"load failed for model '{name}'"):
                 await self._load(name, entry, load)
                 error = None
         except TritonError as exc:
             error = (type(exc), exc.message)
-            LOGGER.error("failed to load '%s': %s", name, exc.message)
+            begun = exc.message.startswith("failed to load")  # as in Triton's own texts
+            LOGGER.error("%s%s", "" if begun else f"failed to load '{name}': ", exc.message)
         except OSError as exc:
             error = (InternalError, f"load failed for model '{name}': {exc}")
             LOGGER.error("failed to load '%s': %s", name, exc)
@@ -288,7 +290,13 @@ class ModelRepository:
         model: Model
         try:
             for version in versions:
-                context = ModelContext(config.backend_view(), version, directory, directory / str(version))
+                context = ModelContext(
+                    config.backend_view(),
+                    version,
+                    directory,
+                    directory / str(version),
+                    release_limit=self._release_limit,
+                )
                 model = (
                     EnsembleModel(config, context, self.model, files=sent, cache=self.cache)
                     if backend is None

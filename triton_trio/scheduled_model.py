@@ -151,10 +151,8 @@ class ScheduledModel(Model):
                 try:
                     yield
                 finally:
-                    # From now on each device's time to let go is limited.
                     for model_instance in self.instances:
-                        if model_instance.batch is not None:
-                            model_instance.watch_release(model_instance.batch)
+                        model_instance.end()
 
     def _lanes(
         self, stack: AsyncExitStack, opened: BackendModel, places: list[tuple[Placement, InstanceGroup, Permit | None]]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 import pytest
 import trio
+from trio.testing import MockClock
 
 from triton_trio.backends.jax import DeviceJob, DeviceState, DeviceThread, Turn
 from triton_trio.backends.jax.device import WINDOW, Pause
@@ -20,11 +24,17 @@ class Program(Turn):
 
     steps = 1
 
-    def __init__(self, label: str, log: list[str], error: str = "", *, early: bool = False) -> None:
+    def __init__(
+        self, label: str, log: list[str], error: str = "", *, early: bool = False, expected: float | None = None
+    ) -> None:
         self.label = label
         self.log = log
         self.error = error
+        self.expected = expected
         self.reply_when_done = not early
+
+    def expect(self) -> float | None:
+        return self.expected
 
     def dispatch(self) -> bool:
         self.log.append(self.label)
@@ -326,3 +336,123 @@ async def test_a_device_thread_that_dies_is_not_waited_for() -> None:
             await job.call(Exit("a", []))
     device.close()
     device._thread.join(10)
+
+
+# For how long the device may go on
+
+
+@asynccontextmanager
+async def behind(
+    device: DeviceThread, gate: DeviceGate, *, trial: bool = False, expected: float | None = None
+) -> AsyncIterator[tuple[DeviceJob, DeviceJob]]:
+    """Two jobs with a program on the device each, the second behind the first."""
+    log: list[str] = []
+    async with (
+        DeviceJob(device, "first", owner="A", trial=trial) as first,
+        DeviceJob(device, "second", owner="B") as second,
+    ):
+        first.submit(Program("a0", log), Program("a1", log, expected=expected))
+        await gate.wait_dispatched(2)
+        second.submit(Program("b0", log, expected=expected))
+        gate.let_end()
+        await gate.wait_dispatched(3)
+        await until(lambda: device._at_work is not None and device._at_work.turn.label == "a1")  # type: ignore[attr-defined]
+        assert log == ["a0", "a1", "b0"]
+        try:
+            yield first, second
+        finally:
+            gate.open()
+
+
+async def test_who_is_behind_what_somebody_wants_has_time(
+    device: DeviceThread, gate: DeviceGate, mock_clock: MockClock
+) -> None:
+    async with behind(device, gate):
+        assert (device.holds("A"), device.holds("B"), device.holds("C")) == (True, True, False)
+        mock_clock.jump(100)
+        assert device.seconds_left("B", 8) == 8
+        assert device.seconds_left("A", 8) == 0
+        # Its turn begins when the one before it has ended.
+        gate.let_end()
+        await until(lambda: device._at_work is not None and device._at_work.turn.label == "b0")  # type: ignore[attr-defined]
+        assert device.seconds_left("B", 8) == 8
+        mock_clock.jump(5)
+        assert device.seconds_left("B", 8) == 3
+        mock_clock.jump(5)
+        assert device.seconds_left("B", 8) == 0
+
+
+async def test_a_program_may_take_what_it_is_known_to_take_and_the_limit(
+    device: DeviceThread, gate: DeviceGate, mock_clock: MockClock
+) -> None:
+    async with behind(device, gate, expected=20):
+        mock_clock.jump(8)
+        assert device.seconds_left("A", 8) == 20
+
+
+@pytest.mark.parametrize("how", ["tried at load", "left too"])
+async def test_who_is_behind_what_nobody_wants_has_the_limit(
+    device: DeviceThread, gate: DeviceGate, mock_clock: MockClock, how: str
+) -> None:
+    async with behind(device, gate, trial=how == "tried at load") as (first, _), trio.open_nursery() as nursery:
+        if how == "left too":
+            scope = trio.CancelScope()
+
+            async def leave() -> None:
+                with scope:
+                    await first.next()  # a0
+                    await first.next()
+
+            nursery.start_soon(leave)
+            await trio.testing.wait_all_tasks_blocked()
+            scope.cancel()
+            assert first.draining
+        mock_clock.jump(5)
+        assert device.seconds_left("B", 8) == 3
+        gate.open()
+
+
+async def test_nobody_has_time_on_a_dead_device(device: DeviceThread, gate: DeviceGate) -> None:
+    async with behind(device, gate):
+        device.abandon("it does not come back")
+        assert device.seconds_left("B", 8) == 0
+
+
+async def test_a_program_that_runs_in_its_dispatch_has_its_time_counted(gate: DeviceGate) -> None:
+    """As small programs of a CPU do: they seemed to take no time, and the load's warning of slow steps was missed."""
+    now = 0.0
+
+    class Inline(Program):
+        def dispatch(self) -> bool:
+            nonlocal now
+            now += 3.0
+            return super().dispatch()
+
+    gate.open()
+    thread = DeviceThread("fake", executor=gate, clock=lambda: now)
+    async with DeviceJob(thread, "job") as job:
+        turn = Inline("a", [])
+        await job.call(turn)
+    assert turn.seconds == 3.0
+    assert thread.statistics().device_seconds == 3.0
+    thread.close()
+
+
+async def test_who_tries_again_and_again_on_a_dead_device_lets_others_run(device: DeviceThread) -> None:
+    """A loop that catches errors stood in everybody's way, and no signal ended the server."""
+    tries = 0
+    scope = trio.CancelScope()
+
+    async def somebody_else() -> None:
+        scope.cancel()
+
+    async with DeviceJob(device, "job") as job, trio.open_nursery() as nursery:
+        device.abandon("it does not come back")
+        nursery.start_soon(somebody_else)
+        with scope:
+            while tries < 100:
+                tries += 1
+                with contextlib.suppress(Unavailable):
+                    await job.call(Program("a", []))
+    assert scope.cancelled_caught
+    assert tries < 5

@@ -13,6 +13,7 @@ from tests.callers import calling
 from triton_trio import Model, Outcome, Unavailable
 from triton_trio.instance import InstanceState
 from triton_trio.testing import ScriptedBackend, scripted_config
+from triton_trio.testing.scripted import ScriptedInstance
 from triton_trio.testing.fixtures import Serve
 
 
@@ -111,6 +112,78 @@ async def test_a_device_that_lets_go_in_the_tick_of_the_limit_goes_on(serve: Ser
             quarantined = model.instances[0].state is InstanceState.QUARANTINED
             assert quarantined is backend.executions[0].abandoned
             assert model.statistics().scheduler.idle_instances == (0 if quarantined else 1)
+
+
+async def test_time_in_which_nobody_could_run_is_not_the_devices(serve: Serve, mock_clock: MockClock) -> None:
+    """A stopped process, or a library that holds the GIL: when it was over, the limit had passed, and the device was lost."""
+    backend = stuck()
+    async with serve({"m": scripted_config()}, backend, limit=math.inf, release_limit=8) as server:
+        (instance,) = server.model("m").instances
+        async with calling(server.model("m")) as callers:
+            for number in range(2):
+                (await callers.call("a")).leave()
+                await wait_all_tasks_blocked()
+                mock_clock.jump(1000)
+                await wait_all_tasks_blocked()
+                assert instance.state is InstanceState.EXECUTING
+                if number == 0:
+                    backend.executions[0].let_go()
+                    await wait_all_tasks_blocked()
+                    assert instance.state is InstanceState.IDLE
+            # An eighth of the limit has passed with it, and the rest is bounded as ever.
+            for _ in range(6):
+                mock_clock.jump(1)
+                await wait_all_tasks_blocked()
+            assert instance.state is InstanceState.EXECUTING
+            mock_clock.jump(1)
+            await wait_all_tasks_blocked()
+            assert instance.state is InstanceState.QUARANTINED
+
+
+async def test_a_backend_that_knows_its_device_has_the_last_word(
+    serve: Serve, autojump_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backend = stuck()
+    asked: list[float] = []
+    answers = [3.0, 2.0, 0.0]
+
+    def time_left(self: ScriptedInstance, limit: float) -> float:
+        asked.append(trio.current_time())
+        assert limit == 5
+        return answers[len(asked) - 1]
+
+    monkeypatch.setattr(ScriptedInstance, "time_left", time_left)
+    async with serve({"m": scripted_config()}, backend, limit=math.inf, release_limit=5) as server:
+        (instance,) = server.model("m").instances
+        async with calling(server.model("m")) as callers:
+            (await callers.call("a")).leave()
+            began = trio.current_time()
+            await trio.sleep(9.9)
+            assert instance.state is InstanceState.EXECUTING
+            await trio.sleep(0.2)
+            assert instance.state is InstanceState.QUARANTINED
+    assert asked == [began + 5, began + 8, began + 10]
+
+
+async def test_a_row_that_is_kept_takes_what_it_takes_until_its_model_ends(
+    serve: Serve, autojump_clock: MockClock
+) -> None:
+    """Nobody waits for it, and it is computed to its end for its sequence's state; but not beyond an unload's limit."""
+    narrow = 'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } }'
+    backend = stuck()
+    config = scripted_config(max_batch_size=1, sequences="max_sequence_idle_microseconds: 1000000000", more=narrow)
+    async with serve({"m": config}, backend, limit=math.inf, release_limit=5, unload_grace=0) as server:
+        model = server.model("m")
+        (instance,) = model.instances
+        async with calling(model) as callers:
+            call = await callers.call("a", rows=1, sequence_id=1, sequence_start=True)
+            call.leave()
+            await call.ended.wait()
+            await trio.sleep(100)
+            assert instance.state is InstanceState.EXECUTING
+            before = trio.current_time()
+            await server.unload_model("m")
+            assert trio.current_time() - before <= 2 * 5
 
 
 async def test_C3_an_unload_ends_although_the_device_does_not(serve: Serve, autojump_clock: MockClock) -> None:

@@ -36,6 +36,7 @@ class ModelContext:
     model_directory: Path  #: holds config.pbtxt and the version directories
     version_directory: Path  #: ``model_directory / str(version)``
     waiting: Callable[[], int] = lambda: 0  #: requests that no instance has taken yet
+    release_limit: float = 10.0  #: seconds that a device has to let go of a load that was cancelled
     states: StateSlots | None = None  #: for instances that can keep the states of their sequences; None: they cannot
 
 
@@ -83,14 +84,28 @@ class BackendInstance(ABC):
         """What the backend counts for this instance: a frozen object with named fields, or None."""
         return None
 
-    def abandon(self) -> None:
+    def time_left(self, limit: float) -> float | None:
+        """The release limit has passed, and :meth:`execute` has not: for how many seconds may its device go on?  Sync.
+
+        More than 0 where the device does get on, or waits for what somebody else wants: it is asked again after that.  None,
+        the default: if it waits for a device at all, nobody knows of it.
+
+        Args:
+          limit: the release limit, seconds.
+        """
+        return None
+
+    def abandon(self) -> bool:
         """The device did not let go within the release limit: make :meth:`execute` return now, whatever is lost.
 
-        Called at most once for an execution.  Without :attr:`availability` the instance is quarantined and gets no more
-        work; with it, it gets more when its device has been made anew.  The default has nothing to do: an ``execute``
-        that waits only at Trio checkpoints always lets go.
+        Called at most once for an execution.  A backend whose device has nothing of this execution leaves the device alone,
+        for others may be on it.
+
+        Returns:
+          True if the device is made anew: the instance gets more work when it is :attr:`availability`'s time.  With False, the
+          default, it is quarantined.
         """
-        return
+        return False
 
 
 class BackendModel(ABC):

@@ -299,10 +299,11 @@ class ScriptedInstance(BackendInstance):
     def on_sequence_end(self, end: SequenceEnd) -> None:
         self._backend.sequence_ends.append((self._name, end))
 
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
         if self._execution is not None:
             self._execution.abandon()
         if self.availability is not None:
             self.availability.end("the device that all instances are on was given up; reload the model")
             for execution in self._backend.running:
                 execution.fail(Unavailable("the device was given up"))
+        return False

@@ -73,6 +73,13 @@ class ApplyTurn(Turn):
     def ready(self) -> bool:
         return all(leaf.is_ready() for leaf in self._outputs.values())
 
+    def expect(self) -> float | None:
+        return self._programs.controller.expect(1)
+
+    def done(self, seconds: float) -> None:
+        if seconds:
+            self._programs.controller.observe(1, seconds)
+
 
 async def execute_apply(placed: PlacedModel, batch: Batch, states: StateStore | None = None) -> None:
     """Serve ``batch`` with one program.
@@ -84,7 +91,7 @@ async def execute_apply(placed: PlacedModel, batch: Batch, states: StateStore | 
     turn = ApplyTurn(placed, programs, batch, slots, states)
     batch.compute_infer_at = trio.current_time()
     try:
-        async with DeviceJob(placed.device, placed.name) as job:
+        async with DeviceJob(placed.device, placed.name, owner=batch) as job:
             await job.call(turn)
     finally:
         if turn.seconds:

@@ -69,6 +69,16 @@ class DeviceStatistics:
     dropped: int  #: completions that came when nobody could take them any more
 
 
+@dataclass(frozen=True, slots=True)
+class AtWork:
+    """What a device thread waits for: the oldest program on the device, or a dispatch."""
+
+    job: DeviceJob
+    turn: Turn
+    since: float  #: when the thread turned to it, by Trio's clock, as all that watches
+    expected: float = 0.0  #: seconds that it is known to take, at least
+
+
 class Executor:
     """How the thread talks to the device: directly.  Tests put a gate in its place (``triton_trio.testing.device``)."""
 
@@ -161,8 +171,10 @@ class DeviceThread:
         self._last_cancel = self._max_cancel = 0.0
         self._executor = executor or Executor()
         self._token = trio.lowlevel.current_trio_token()
+        self._watch_clock = trio.lowlevel.current_clock().current_time
         # Of the device thread.
         self._in_flight: deque[tuple[DeviceJob, Turn, float]] = deque()
+        self._at_work: AtWork | None = None  # the other thread reads it
         self._ready: deque[DeviceJob] = deque()
         self._closing = False
         self._last_done = 0.0
@@ -195,6 +207,26 @@ class DeviceThread:
             self.availability.end(f"device {self.name} was given up: {why}")
             for job in tuple(self.jobs):
                 job.abandon(why)
+
+    def holds(self, owner: object) -> bool:
+        """Whether programs of ``owner`` are on the device, or on their way there."""
+        return any(job.owner is owner and job.in_flight for job in self.jobs)
+
+    def seconds_left(self, owner: object, limit: float) -> float:
+        """For how long the device may go on with the programs of ``owner``, which nobody wants any more; 0: not any longer.
+
+        A program may take ``limit`` seconds more than it is known to, from when it was its turn.  A program ahead of them that
+        somebody's request wants may take what it takes: a cancel costs nobody else their device.
+        """
+        if self.state is not DeviceState.READY:
+            return 0.0
+        at_work = self._at_work  # once: the other thread sets it
+        if at_work is None:  # between two programs
+            return limit
+        job = at_work.job
+        if not (job.owner is owner or job.draining or job.trial):
+            return limit
+        return max(0.0, at_work.since + at_work.expected + limit - self._watch_clock())
 
     def count_cancel(self, seconds: float) -> None:
         """A cancelled job's device is idle, ``seconds`` after the cancel."""
@@ -292,18 +324,23 @@ class DeviceThread:
             job.in_rotation = True
             self._ready.append(job)
         follows = job.started and self._in_flight_is_done()
+        began = self.clock()
+        self._at_work = AtWork(job, turn, self._watch_clock())
         try:
             dispatched = self._executor.dispatch(turn)
         except Exception as exc:  # noqa: BLE001  (whatever a model raises is that model's error)
             self._fail(job, turn, exc)
             dispatched = False
+        self._at_work = None
         if dispatched:
+            # Small programs of a CPU run in the dispatch itself.
+            at = began if self._executor.ready(turn) else self.clock()
             self._bubbles += follows
             if job.late and self._in_flight:
                 # Late without having waited says nothing of the margin: the program was too short for any.
                 self._late = self._late.queued(late=held and self._in_flight_is_done())
             job.started = True
-            self._in_flight.append((job, turn, self.clock()))
+            self._in_flight.append((job, turn, at))
             if not turn.reply_when_done:
                 self._complete(job, turn)
             return
@@ -318,6 +355,7 @@ class DeviceThread:
         job, turn, dispatched_at = self._in_flight.popleft()
         # Nobody looked when it ended, so nobody knows how long it took: not counted, rather than with its idle time.
         unmeasured = not turn.reply_when_done and self._executor.ready(turn)
+        self._at_work = AtWork(job, turn, self._watch_clock(), turn.expect() or 0.0)
         try:
             self._executor.wait(turn)
         except Exception as exc:  # noqa: BLE001  (whatever a model raises is that model's error)
@@ -330,6 +368,7 @@ class DeviceThread:
         now = self.clock()
         turn.seconds = 0.0 if unmeasured else program_seconds(now, dispatched_at, self._last_done)
         self._last_done = now
+        self._at_work = None
         if not turn.failure:
             turn.done(turn.seconds)
         self._chunks += turn.steps > 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING
 
 import outcome
 import trio
 
 from ...errors import InternalError, Unavailable
+from ...groups import WithoutGroups
 from .device import DeviceState
 from .memory import failure_text
 
@@ -20,19 +23,89 @@ if TYPE_CHECKING:
     from .device import DeviceThread, Turn
 
 
+LOGGER = logging.getLogger("triton_trio.jax")
+
+
+@asynccontextmanager
+async def open_trial(device: DeviceThread, name: str, limit: float) -> AsyncIterator[DeviceJob]:
+    """The job of a model that is tried at load, when there is no instance yet, and so nobody else who watches the device.
+
+    Args:
+      limit: seconds; see Cancellation.
+
+    Raises:
+      Unavailable: see Cancellation.
+
+    **Cancellation:** as a job's, but for ``limit``: if the device has not let go by then, it is given up.
+    """
+    owner, left, ended = object(), trio.Event(), trio.Event()
+
+    with WithoutGroups(nurseries=1):
+        async with trio.open_nursery() as nursery:
+            # Owner: this nursery; ends with the block.
+            nursery.start_soon(_watch_trial, device, name, owner, limit, left, ended, name=f"trial of {name}")
+            try:
+                async with DeviceJob(device, name, owner=owner, trial=True, on_join=left.set) as job:
+                    yield job
+            finally:
+                ended.set()
+                left.set()
+
+
+async def _watch_trial(
+    device: DeviceThread, name: str, owner: object, limit: float, left: trio.Event, ended: trio.Event
+) -> None:
+    # Shielded, for a cancel is what it bounds; it ends with the block, or at the limit.
+    with trio.CancelScope(shield=True):
+        with trio.move_on_after(limit):
+            await left.wait()
+        if not left.is_set():
+            LOGGER.warning(
+                "%s is being tried on zeros, and has not come back from device %s for %.1f s; whoever else is there waits for "
+                "it. If it never ends on zeros, unload it, and set the parameter warmup to 'false' in config.pbtxt",
+                name,
+                device.name,
+                limit,
+            )
+        await left.wait()
+        seconds = limit
+        while seconds > 0 and not ended.is_set():
+            with trio.move_on_after(seconds):
+                await ended.wait()
+            seconds = device.seconds_left(owner, limit) if device.holds(owner) else limit
+    if not ended.is_set():
+        device.abandon(f"{name} did not let go of it within {limit:.1f} s, when its load was left")
+
+
 class DeviceJob:
     """One execution's use of a device: ``async with DeviceJob(device, name) as job``.  Used by one task.
 
-    With ``late``, a turn is put onto the device only when the one before it is about to end.
+    Args:
+      owner: who asks the device whether anything of theirs is there, should it not let go: see :meth:`DeviceThread.seconds_left`.
+      trial: of a model that is tried at load; nobody's request waits for it.
+      late: a turn is put onto the device only when the one before it is about to end.
+      on_join: told when the job is left, and the device has to be waited for.
 
     **Cancellation:** :meth:`next` and :meth:`call` are where it is cancelled.  There, and when the block is left for
     another reason, the exception passes on when the device is idle for this job.  Only :meth:`DeviceThread.abandon` ends
     that wait earlier, with an error.
     """
 
-    def __init__(self, device: DeviceThread, name: str, *, late: bool = False) -> None:
+    def __init__(
+        self,
+        device: DeviceThread,
+        name: str,
+        *,
+        owner: object = None,
+        trial: bool = False,
+        late: bool = False,
+        on_join: Callable[[], None] = lambda: None,
+    ) -> None:
         self.device = device
         self.name = name
+        self.owner = owner
+        self.trial = trial
+        self._on_join = on_join
         self.late = late
         # Of both threads.  The lock is held for a few instructions, never during a dispatch.  It makes "not marked, so
         # one more is on the device" and "marked; is any on the device?" one after the other.
@@ -77,6 +150,7 @@ class DeviceJob:
                 await self._wait(lambda raise_cancel: trio.lowlevel.Abort.FAILED)  # noqa: ASYNC102
         finally:
             self.device.jobs.pop(self, None)
+            self.owner = None  # what the device thread still has to say of the job must not keep a batch's tensors
 
     @property
     def outstanding(self) -> int:
@@ -101,7 +175,9 @@ class DeviceJob:
         """
         self._check()
         self._submitted += len(turns)
+        # Whoever was cancelled and goes on was cancelled by a scope of their own, and their work is wanted.
         self._cancel_counted = False
+        self._steps_at_cancel = self._seconds_at_cancel = None
         self.turns.extend(turns)
         self.device.mail.put(self)
 
@@ -117,8 +193,16 @@ class DeviceJob:
         return turn
 
     async def call(self, turn: Turn) -> None:
-        """Submit one turn and wait for it; raises as :meth:`next`."""
-        self.submit(turn)
+        """Submit one turn and wait for it; raises as :meth:`next`.
+
+        Each way out is a checkpoint: who tries again and again does not keep everybody else from running.
+        """
+        await trio.lowlevel.checkpoint_if_cancelled()
+        try:
+            self.submit(turn)
+        except Unavailable:
+            await trio.lowlevel.cancel_shielded_checkpoint()
+            raise
         while await self._next() is not turn:
             pass  # an answer to an earlier call that was cancelled
         self._raise_failure(turn)
@@ -174,6 +258,7 @@ class DeviceJob:
                 self.device.count_cancel(0.0)
             return False
         self._joining = True
+        self._on_join()
         self._cancelled = cancelled
         self.device.mail.put(self)
         return True

@@ -9,7 +9,7 @@ import numpy as np
 
 from ...tensor import DTYPES
 from .device import Turn
-from .job import DeviceJob
+from .job import open_trial
 from .programs import RowShapes, precision
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ async def measure_step(placed: PlacedModel, programs: ProgramSet, shapes: RowSha
     Raises:
       InternalError: the program failed on zeros; the text says how.
 
-    **Cancellation:** between chunks, when the device is idle for this.
+    **Cancellation:** between chunks; see :func:`~.job.open_trial`.
     """
     dtypes = {spec.name: DTYPES[spec.datatype] for spec in placed.config.inputs}
     inputs = {name: np.zeros((programs.bucket, *dims), dtypes[name]) for name, dims in shapes}
@@ -70,7 +70,7 @@ async def measure_step(placed: PlacedModel, programs: ProgramSet, shapes: RowSha
     async def run_chunk(k: int) -> float:
         nonlocal state, spent
         probe = Probe(placed, programs, inputs, state, k)
-        async with DeviceJob(placed.device, placed.name) as job:
+        async with open_trial(placed.device, placed.name, placed.release_limit) as job:
             await job.call(probe)
         state, probe.state = probe.state, None
         spent += probe.seconds

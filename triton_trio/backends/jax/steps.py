@@ -298,7 +298,7 @@ async def execute_steps(placed: PlacedModel, batch: Batch, states: StateStore | 
     """
     programs = await placed.program_set(batch)
     plan = StepPlan(placed, programs, batch, states)
-    job = DeviceJob(placed.device, placed.name, late=placed.options.late_enqueue)
+    job = DeviceJob(placed.device, placed.name, owner=batch, late=placed.options.late_enqueue)
     batch.compute_infer_at = trio.current_time()
     longest = 0.0  # seconds of a program
     try:

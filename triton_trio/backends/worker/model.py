@@ -37,8 +37,9 @@ class WorkerInstance(BackendInstance):
     def statistics(self) -> WorkerStatistics:
         return self._worker.statistics(self._name)
 
-    def abandon(self) -> None:
+    def abandon(self) -> bool:
         self._worker.abandon()
+        return True
 
 
 class WorkerModel(BackendModel):

@@ -246,6 +246,10 @@ class SlotEngine:
         self._work.set()
         return tokens
 
+    def seconds_left(self, limit: float) -> float:
+        """See :meth:`DeviceThread.seconds_left`."""
+        return self._device.seconds_left(self, limit)
+
     def abandon(self) -> None:
         """The device does not come back."""
         self._device.abandon("the device did not let go in time after a cancel; reload the model")
@@ -262,7 +266,7 @@ class SlotEngine:
                 await self._work.wait()
                 self._work = trio.Event()
                 try:
-                    async with DeviceJob(self._device, self.name, late=self._late) as job:
+                    async with DeviceJob(self._device, self.name, owner=self, late=self._late) as job:
                         await self._serve(job)
                 except TritonError as exc:
                     self._lose(exc)

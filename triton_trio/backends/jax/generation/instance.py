@@ -66,13 +66,23 @@ class TextInstance(BackendInstance):
         self._tokenizer = tokenizer
         self._cutters = cutters
         self._outputs = outputs
+        self._generation: Generation | None = None  #: of the execution
 
     def statistics(self) -> EngineStatistics:
         """Of the model on this device, which all its slots share."""
         return self._engine.statistics()
 
-    def abandon(self) -> None:
-        self._engine.abandon()
+    def time_left(self, limit: float) -> float | None:
+        return self._engine.seconds_left(limit) if self._on_device else None
+
+    def abandon(self) -> bool:
+        if self._on_device:
+            self._engine.abandon()
+        return False
+
+    @property
+    def _on_device(self) -> bool:
+        return self._generation is not None and self._generation.busy > 0
 
     async def execute(self, batch: Batch) -> None:
         """Make one text.
@@ -89,8 +99,12 @@ class TextInstance(BackendInstance):
         asked = await trio.to_thread.run_sync(read, abandon_on_cancel=True, limiter=self._cutters) if long else read()
         batch.compute_infer_at = trio.current_time()
         reader = MemberReader(batch, member)
-        async with self._engine.open_generation(self._slot, asked.prompt, asked.settings, reader) as generation:
-            await self._write(batch, member, asked, generation)
+        try:
+            async with self._engine.open_generation(self._slot, asked.prompt, asked.settings, reader) as generation:
+                self._generation = generation
+                await self._write(batch, member, asked, generation)
+        finally:
+            self._generation = None
 
     async def _write(self, batch: Batch, member: Member, asked: TextRequest, generation: Generation) -> None:
         stream = self._tokenizer.stream(asked.prompt.tolist() if asked.continues else ())

@@ -16,7 +16,7 @@ from ....errors import InternalError, InvalidArgument
 from ..compilation_cache import CACHE_HITS
 from ..device import LOGGER, WINDOW, DeviceThread, Turn
 from ..devices import device_name
-from ..job import DeviceJob
+from ..job import open_trial
 from ..memory import MIB, failure_text
 from .engine import SlotPrograms
 from .placement import Placement
@@ -190,7 +190,9 @@ class FirstRun(Turn):
         return all(leaf.is_ready() for leaf in jax.tree.leaves(self._emitted))
 
 
-async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) -> tuple[list[float], list[float]]:
+async def run_first(
+    model: str, programs: SlotPrograms, device: DeviceThread, release_limit: float
+) -> tuple[list[float], list[float]]:
     """Run every program once, and the one of one token some times more; the slots are as new afterwards.
 
     In contexts that are as good as full: the further back a text goes, the longer each program takes.
@@ -201,7 +203,7 @@ async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) ->
     Raises:
       InvalidArgument: a program failed: there is not enough memory, most of the time.
 
-    **Cancellation:** between two programs, when the device is idle for this.
+    **Cancellation:** between two programs; see :func:`~..job.open_trial`.
     """
     spec = programs.spec
     pieces: list[float] = []
@@ -210,7 +212,7 @@ async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) ->
 
     async def run(program: Program) -> float:
         turn = FirstRun(programs, program)
-        async with DeviceJob(device, f"model '{model}'") as job:
+        async with open_trial(device, f"model '{model}'", release_limit) as job:
             await job.call(turn)
         return turn.seconds
 
@@ -239,16 +241,19 @@ async def run_first(model: str, programs: SlotPrograms, device: DeviceThread) ->
     return tokens, pieces
 
 
-async def warm_up(model: str, programs: SlotPrograms, device: DeviceThread, target: float) -> None:
+async def warm_up(
+    model: str, programs: SlotPrograms, device: DeviceThread, target: float, release_limit: float
+) -> None:
     """Run every program, and publish how long a cancel waits.
 
     Args:
       target: seconds that a program may take, if one token fits.
+      release_limit: seconds.
 
     Raises, **Cancellation:** see :func:`run_first`.
     """
     assert programs.load is not None
-    tokens, pieces = await run_first(model, programs, device)
+    tokens, pieces = await run_first(model, programs, device, release_limit)
     step, longest = min(tokens), min(pieces)
     several = min(target, max(programs.decode) * median(tokens))  # as many tokens as fit
     bound = WINDOW * max(median(tokens), median(pieces), several)

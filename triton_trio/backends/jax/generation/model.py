@@ -117,7 +117,7 @@ class LlamaModel(BackendModel):
             kind = LeadingPrograms if several else SlotPrograms
             programs = await Loader(name, self._checkpoint, options, devices).load(kind)
             if options.warmup and not several:
-                await warm_up(name, programs, thread, options.target)
+                await warm_up(name, programs, thread, options.target, self._context.release_limit)
             log_load(name, programs)
             loaded = self._loaded[device] = LoadedModel(self._tokenizer, programs)
             try:

@@ -1,0 +1,323 @@
+"""Blocking place: a device that is at work for others, or that nobody but the model's own code waits for.
+
+What the watchdog gives up is lost for every model on the device.  So it looks whose program has been there for how long.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import trio
+import trio.testing
+from trio.testing import MockClock, wait_all_tasks_blocked
+
+import triton_trio
+from tests.backends.world import COUNTDOWN, COUNTDOWN_CONFIG, countdown, until, write_model
+from triton_trio import InferenceRequest, Outcome, Reason
+from triton_trio.backends.jax import DeviceState, Executor, JaxBackend, Turn
+from triton_trio.backends.jax.apply import ApplyTurn
+from triton_trio.backends.jax.checks import FunctionChecker
+from triton_trio.instance import InstanceState
+from triton_trio.model import ModelState
+from triton_trio.scheduled_model import ScheduledModel
+from triton_trio.server import InferenceServer
+from triton_trio.testing.device import DeviceGate
+
+LIMIT = 8.0
+STEP = LIMIT / 64
+VECTOR = 'input [{ name: "X" data_type: TYPE_FP32 dims: [2] }] output [{ name: "Y" data_type: TYPE_FP32 dims: [2] }]'
+APPLY = "def apply(params, inputs):\n    return {'Y': inputs['X'] + 1}\n"
+#: Its first number is how many seconds it does something that is none of the device's business.
+STUBBORN = """
+import trio
+
+async def run(ctx, params, inputs):
+    with trio.CancelScope(shield=True):
+        await trio.sleep(float(inputs["X"][0, 0]))
+    return {"Y": inputs["X"]}
+"""
+
+
+async def pass_time(clock: MockClock, seconds: float) -> None:
+    """In steps, so that all who sleep wake up when their time has come."""
+    for _ in range(round(seconds / STEP)):
+        clock.jump(STEP)
+        await wait_all_tasks_blocked()
+
+
+@asynccontextmanager
+async def opened(
+    root: Path, executor: Executor, **settings: object
+) -> AsyncIterator[tuple[InferenceServer, JaxBackend]]:
+    backend = JaxBackend(executor=lambda name: executor)
+    made = {"backends": {"jax": lambda: backend}, "release_limit": LIMIT} | settings
+    async with triton_trio.open_server(root, **made) as server:  # type: ignore[arg-type]
+        try:
+            yield server, backend
+        finally:
+            if isinstance(executor, DeviceGate):
+                executor.open()  # whatever has happened: leaving waits for the device
+
+
+def scheduled(server: InferenceServer, name: str) -> ScheduledModel:
+    model = server.model(name)
+    assert isinstance(model, ScheduledModel)
+    return model
+
+
+async def ask(model: ScheduledModel, request: InferenceRequest) -> None:
+    with trio.CancelScope():
+        try:
+            await model.infer(request)
+        except triton_trio.RequestCancelled:
+            return
+
+
+def vector(first: float) -> dict[str, np.ndarray]:
+    return {"X": np.array([[first, 0]], np.float32)}
+
+
+def state(backend: JaxBackend) -> DeviceState:
+    (device,) = backend.statistics()
+    return device.state
+
+
+class Watched(DeviceGate):
+    """A gate that knows which program the device thread waits for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits = 0
+        self.waits_for: Turn | None = None
+
+    def wait(self, turn: Turn) -> None:
+        self.waits_for = turn
+        self.waits += not turn.at_load
+        super().wait(turn)
+
+
+@asynccontextmanager
+async def short_behind_long(
+    root: Path, gate: Watched
+) -> AsyncIterator[tuple[JaxBackend, ScheduledModel, InferenceRequest, InferenceRequest]]:
+    """A model whose chunk is queued behind another one's program; with the requests of both."""
+    write_model(root, APPLY, VECTOR, name="long", buckets=1, max_batch_size=1)
+    write_model(root, COUNTDOWN, COUNTDOWN_CONFIG, name="short", buckets=1, max_batch_size=1, ladder=1)
+    async with opened(root, gate) as (server, backend), trio.open_nursery() as clients:
+        short, long = scheduled(server, "short"), scheduled(server, "long")
+        first, second = short.request(countdown(30)), long.request(vector(1))
+        clients.start_soon(ask, short, first)
+        await gate.wait_dispatched(2)
+        clients.start_soon(ask, long, second)
+        await until(lambda: long.instances[0].batch is not None)
+        await wait_all_tasks_blocked()
+        (job,) = (each for each in device_jobs(backend) if each.name == "model 'short'")
+        while not isinstance(gate.waits_for, ApplyTurn):
+            await until(lambda: job.turns)  # one is in line
+            waits = gate.waits
+            gate.let_end()
+            await until(lambda waits=waits: gate.waits > waits)
+        assert sum(job.in_flight for job in device_jobs(backend)) == 2
+        yield backend, short, first, second
+
+
+async def test_B5_a_cancel_behind_a_long_program_that_somebody_wants_costs_nobody_the_device(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    gate = Watched()
+    async with short_behind_long(tmp_path, gate) as (backend, short, left, wanted):
+        left.cancel(Reason.ADMIN)
+        await pass_time(mock_clock, 5 * LIMIT)
+        assert (state(backend), short.instances[0].state) == (DeviceState.READY, InstanceState.EXECUTING)
+        gate.let_end()
+        await until(lambda: wanted.outcome is Outcome.OK)
+        # From now on it is its own program that the device is at.
+        await pass_time(mock_clock, 0.9 * LIMIT)
+        assert state(backend) is DeviceState.READY
+        gate.open()
+        await until(lambda: short.instances[0].state is InstanceState.IDLE)
+
+
+async def test_B5_behind_a_long_program_its_own_has_the_limit_and_no_more(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    gate = Watched()
+    async with short_behind_long(tmp_path, gate) as (backend, short, left, wanted):
+        left.cancel(Reason.ADMIN)
+        gate.let_end()
+        await until(lambda: wanted.outcome is Outcome.OK)
+        await pass_time(mock_clock, 3 * LIMIT)
+        assert (state(backend), short.instances[0].state) == (DeviceState.DEAD, InstanceState.QUARANTINED)
+
+
+async def test_C1_a_model_whose_own_code_does_not_let_go_loses_its_instance_and_nobody_else_theirs(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    write_model(tmp_path, STUBBORN, VECTOR, name="stubborn", max_batch_size=1)
+    write_model(tmp_path, APPLY, VECTOR, name="beside", buckets=1, max_batch_size=1)
+    gate = DeviceGate()
+    gate.open()
+    async with opened(tmp_path, gate) as (server, backend):
+        stubborn, beside = scheduled(server, "stubborn"), scheduled(server, "beside")
+        async with trio.open_nursery() as clients:
+            request = stubborn.request(vector(10 * LIMIT))
+            clients.start_soon(ask, stubborn, request)
+            await until(lambda: stubborn.instances[0].batch is not None)
+            await wait_all_tasks_blocked()
+            request.cancel(Reason.ADMIN)
+            await pass_time(mock_clock, 1.1 * LIMIT)
+            assert stubborn.instances[0].state is InstanceState.QUARANTINED
+            assert not stubborn.ready
+            assert state(backend) is DeviceState.READY
+            assert beside.ready
+            assert (await beside.infer(vector(1))).outputs["Y"].tolist() == [[2, 1]]
+            await pass_time(mock_clock, 10 * LIMIT)
+
+
+async def test_B5_a_row_that_is_kept_for_its_sequence_is_watched_too(tmp_path: Path, mock_clock: MockClock) -> None:
+    """It may take its time, but a device that hangs is noticed though nobody's cancel stops it."""
+    narrow = 'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } } sequence_batching {}'
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG + narrow, name="m", buckets=1, max_batch_size=1, ladder=1)
+    gate = Watched()
+    async with opened(tmp_path, gate) as (server, backend), trio.open_nursery() as clients:
+        model = scheduled(server, "m")
+        request = model.request(countdown(100), sequence_id=7, sequence_start=True)
+        clients.start_soon(ask, model, request)
+        await gate.wait_dispatched(2)
+        request.cancel(Reason.ADMIN)
+        for ended in range(1, 6):  # it gets on, more slowly than the limit allows for all of it
+            await pass_time(mock_clock, 0.6 * LIMIT)
+            gate.let_end()
+            await until(lambda ended=ended: gate.waits == ended + 1)
+        assert (state(backend), model.instances[0].state) == (DeviceState.READY, InstanceState.EXECUTING)
+        await pass_time(mock_clock, 3 * LIMIT)
+        assert (state(backend), model.instances[0].state) == (DeviceState.DEAD, InstanceState.QUARANTINED)
+
+
+# Loads
+
+
+class StuckTrial(Executor):
+    """A device on which what is tried at load does not end before the test says so."""
+
+    def __init__(self) -> None:
+        self.tried = threading.Event()
+        self.end = threading.Event()
+
+    def wait(self, turn: Turn) -> None:
+        if turn.at_load:
+            self.tried.set()
+            self.end.wait(30)
+        turn.wait()
+
+
+@pytest.mark.parametrize("how", ["unload", "shutdown", "caller"])
+async def test_C8_a_trial_that_does_not_end_can_be_left_and_its_device_is_given_up(
+    tmp_path: Path, mock_clock: MockClock, caplog: pytest.LogCaptureFixture, how: str
+) -> None:
+    """The model was LOADING for ever, and with it the unload and the server's end; and the device hung in silence."""
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, name="endless", buckets=1, max_batch_size=1)
+    device = StuckTrial()
+    try:
+        async with opened(tmp_path, device, explicit=True) as (server, backend), trio.open_nursery() as nursery:
+            loading = trio.CancelScope()
+
+            async def load() -> None:
+                with loading:
+                    with pytest.raises(triton_trio.Unavailable):
+                        await server.load_model("endless")
+
+            nursery.start_soon(load)
+            await until(device.tried.is_set)
+            await pass_time(mock_clock, 1.1 * LIMIT)
+            assert "model 'endless' is being tried on zeros, and has not come back from device cpu:0" in caplog.text
+            assert state(backend) is DeviceState.READY  # somebody wants it
+            if how == "unload":
+                nursery.start_soon(server.unload_model, "endless")
+            elif how == "caller":
+                loading.cancel()
+            else:
+                server.repository.stop()
+            await wait_all_tasks_blocked()
+            await pass_time(mock_clock, 0.9 * LIMIT)
+            assert state(backend) is DeviceState.READY
+            await pass_time(mock_clock, 0.2 * LIMIT)
+            await until(lambda: not backend.statistics())
+            assert "model 'endless' did not let go of it within 8.0 s, when its load was left" in caplog.text
+            (line,) = await server.repository.index()
+            assert line.state == ModelState.UNAVAILABLE.value
+    finally:
+        device.end.set()
+
+
+def device_jobs(backend: JaxBackend) -> list[triton_trio.backends.jax.DeviceJob]:
+    return [job for thread, _ in backend._devices._threads.values() for job in thread.jobs]
+
+
+# Compilations
+
+
+class Tracing:
+    """Holds what is traced for a request, until the test says so."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.began = threading.Event()
+        self.go_on = threading.Event()
+        self.times = 0
+        check = FunctionChecker.check
+
+        def checked(checker: FunctionChecker) -> None:
+            self.times += 1
+            self.began.set()
+            self.go_on.wait(30)
+            check(checker)
+
+        monkeypatch.setattr(FunctionChecker, "check", checked)
+
+
+ANY = 'input [{ name: "X" data_type: TYPE_FP32 dims: [-1] }] output [{ name: "Y" data_type: TYPE_FP32 dims: [-1] }]'
+
+
+async def test_a_request_leaves_while_its_shape_is_compiled_and_the_shape_is_there_for_the_next(
+    tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The instance waited for the compiler, and the watchdog gave up the device, which had nothing to do."""
+    write_model(tmp_path, APPLY, ANY, name="m", buckets=1, max_batch_size=1)
+    tracing = Tracing(monkeypatch)
+    async with opened(tmp_path, Executor()) as (server, _), trio.open_nursery() as clients:
+        model = scheduled(server, "m")
+        request = model.request(vector(1))
+        clients.start_soon(ask, model, request)
+        await until(tracing.began.is_set)
+        request.cancel(Reason.ADMIN)
+        await until(lambda: model.instances[0].state is InstanceState.IDLE)
+        await pass_time(mock_clock, 3 * LIMIT)
+        assert server.ready
+        tracing.go_on.set()
+        assert (await model.infer(vector(1))).outputs["Y"].tolist() == [[2, 1]]
+        assert tracing.times == 1
+
+
+async def test_an_unload_waits_for_the_compiler_and_gives_nothing_up(
+    tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_model(tmp_path, APPLY, ANY, name="m", buckets=1, max_batch_size=1)
+    write_model(tmp_path, APPLY, VECTOR, name="beside", buckets=1, max_batch_size=1)
+    async with opened(tmp_path, Executor(), explicit=True, load_models=["m", "beside"]) as (server, backend):
+        tracing = Tracing(monkeypatch)
+        model = scheduled(server, "m")
+        async with trio.open_nursery() as clients:
+            request = model.request(vector(1))
+            clients.start_soon(ask, model, request)
+            await until(tracing.began.is_set)
+            request.cancel(Reason.ADMIN)
+            clients.start_soon(server.unload_model, "m")
+            await pass_time(mock_clock, 10 * LIMIT)
+            assert state(backend) is DeviceState.READY
+            tracing.go_on.set()
+        assert (await scheduled(server, "beside").infer(vector(1))).outputs["Y"].tolist() == [[2, 1]]
