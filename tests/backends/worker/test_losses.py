@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .world import LIMITS, workers
 
 PLAIN = scripted_config()
 BATCHING = scripted_config(max_batch_size=8, batching="max_queue_delay_microseconds: 1000")
+DECOUPLED = scripted_config(max_batch_size=8, decoupled=True)
 
 
 async def test_law_6_a_worker_that_does_not_let_go_is_killed_and_the_queue_served(
@@ -214,6 +216,44 @@ async def test_a_worker_that_talks_nonsense_is_killed(tmp_path: Path, autojump_c
         assert "said what makes no sense" in a.error.message
         await wait_all_tasks_blocked()
         assert len(backend.children) == 2
+
+
+@pytest.mark.parametrize("swallow", [False, True])
+async def test_law_8_what_a_worker_that_falls_had_sent_is_no_whole_answer(
+    tmp_path: Path, autojump_clock: MockClock, swallow: bool
+) -> None:
+    hosted = ScriptedBackend()
+    hosted.misbehaviour.swallow_cancelled = swallow  # and answer everybody, when the fall cancels the execution
+    async with workers(tmp_path, DECOUPLED, hosted) as (server, backend):
+        request = server.model("m").request({"INPUT0": np.float32([[1, 2]])})
+        read = []
+        with pytest.raises(Unavailable) as raised:
+            async with server.model("m").open_responses(request) as responses:
+                (await hosted.wait_execution()).emit()
+                async for response in responses:
+                    read.append(response.final)
+                    backend.child.socket.send(b"GET / HTTP/1.1\r\nHost: which the worker's reader makes nothing of\r\n")
+        assert raised.value.message == "the worker process of model 'm' ended with exit code 1; it is being restarted"
+        assert (read, request.outcome) == ([False], Outcome.ERROR)
+        await wait_all_tasks_blocked()
+        assert len(backend.children) == 2
+
+
+async def test_a_model_that_ends_the_program_ends_its_own_requests_only(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    hosted = ScriptedBackend()
+    config = scripted_config(instances=2)
+    async with workers(tmp_path, config, hosted) as (server, backend), calling(server.model("m")) as callers:
+        a, b = [await callers.call(label) for label in "ab"]
+        first, second = await hosted.wait_execution(0), await hosted.wait_execution(1)
+        first.call(lambda: sys.exit(3))
+        await a.ended.wait()
+        assert a.error.message == "model 'm' failed: SystemExit: 3"
+        second.finish()
+        await b.ended.wait()
+        assert b.outcome is Outcome.OK
+        assert len(backend.children) == 1
 
 
 @pytest.mark.parametrize("seed", range(12))

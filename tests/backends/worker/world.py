@@ -16,6 +16,7 @@ from triton_trio import InferenceServer
 from triton_trio.backends import Backend, BackendModel, ModelContext
 from triton_trio.backends.worker import Host, WorkerLimits, open_worker_model
 from triton_trio.backends.worker.connection import Connection
+from triton_trio.backends.worker.wire import NonsenseError
 from triton_trio.testing import ScriptedBackend, open_test_server
 
 LIMITS = WorkerLimits(start=10, reload=20, reload_factor=0, close=3, reap=2, restarts=3, window=60, delay=1)
@@ -36,9 +37,13 @@ class TaskChild:
         self._scope = trio.CancelScope()
 
     async def run(self) -> None:
+        code = 0
         with self._scope:
-            await Host(self._hosted, self.connection).run()
-        self._end(0)
+            try:
+                await Host(self._hosted, self.connection).run()
+            except* NonsenseError:
+                code = 1  # as a process that ends with a traceback
+        self._end(code)
         self.connection.close()
 
     def die(self, code: int) -> None:

@@ -173,6 +173,7 @@ class Host:
             model_name=self._config.name,
             version=self._version,
             decoupled=self._config.decoupled,
+            process=nursery.cancel_scope,
         )
         # Owner: the host's nursery; ends with the execution, cancelled by its batch's scope.
         nursery.start_soon(self._execute, message.execution, batch, name=f"execution on {message.instance}")
@@ -184,14 +185,16 @@ class Host:
                 await self._instances[batch.name].execute(batch)
         except TritonError as exc:
             error = type(exc)(*exc.args)  # without the frames, which hold tensors
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:  # whatever a model raises is that request's error
             assert self._config is not None
             name = self._config.name
             LOGGER.exception("model %s version %d failed in execute", name, self._version)
             error = InternalError(f"model '{name}' failed: {type(exc).__name__}: {exc}")
         finally:
             del self._batches[number]
-            batch.post_ended(error)
+        # Not where something else has passed, a cancel from outside: to the server the end without an error is that of a
+        # whole answer.  The process is about to end then, and its loss answers everybody.
+        batch.post_ended(error)
 
     def _end_sequence(self, instance: BackendInstance, end: EndSequence) -> None:
         reason = None if end.reason is None else Reason(end.reason)

@@ -62,12 +62,24 @@ def _settled(request: InferenceRequest, place: Place | None) -> None:
 
 
 class HostedBatch(Batch):
-    """Made of an :class:`Execute`; see :class:`~triton_trio.batch.Batch`.  Nobody joins it: who waits, waits in the server."""
+    """Made of an :class:`Execute`; see :class:`~triton_trio.batch.Batch`.  Nobody joins it: who waits, waits in the server.
 
-    __slots__ = ("_by_index", "_connection", "_index", "_number")
+    Args:
+      process: cancelled when the process is about to end.  What a backend says from then on (it may have caught its
+        ``Cancelled``, and answer with what it has) is kept from the server, whose answer is the loss of the process.
+    """
+
+    __slots__ = ("_by_index", "_connection", "_index", "_number", "_process")
 
     def __init__(
-        self, message: Execute, connection: Connection, *, model_name: str, version: int, decoupled: bool
+        self,
+        message: Execute,
+        connection: Connection,
+        *,
+        model_name: str,
+        version: int,
+        decoupled: bool,
+        process: trio.CancelScope,
     ) -> None:
         requests: list[InferenceRequest] = []
         for plain, inputs in zip(message.parts, message.tensors, strict=True):
@@ -78,6 +90,7 @@ class HostedBatch(Batch):
                 requests.append(NullRequest(inputs))
         number = self._number = message.execution
         self._connection = connection
+        self._process = process
         index = self._index = dict[int, int]()
 
         def post_released(member: Member) -> None:
@@ -109,7 +122,7 @@ class HostedBatch(Batch):
         final: bool = True,
         parameters: Mapping[str, ParameterValue] | None = None,
     ) -> None:
-        if not member.live:
+        if not self._may_be_told(member):
             return
         index = self._index[id(member)]
         try:
@@ -126,12 +139,12 @@ class HostedBatch(Batch):
         self._connection.post(Lingers(self._number, seconds))
 
     def finish(self, member: Member) -> None:
-        if member.live:
+        if self._may_be_told(member):
             self._connection.post(Finish(self._number, self._index[id(member)]))
             self._serve(member)
 
     def reschedule(self, member: Member, states: Mapping[str, Array] | None = None) -> None:
-        if not member.live:
+        if not self._may_be_told(member):
             return
         try:
             self._connection.post(Reschedule(self._number, self._index[id(member)], (states,) if states else ()))
@@ -141,12 +154,14 @@ class HostedBatch(Batch):
         self._serve(member)
 
     def fail(self, member: Member, error: TritonError) -> None:
-        if member.live:
+        if self._may_be_told(member):
             self._connection.post(Fail(self._number, self._index[id(member)], write_error(error)))
             self._serve(member)
 
     def post_ended(self, error: TritonError | None) -> None:
         """The device is idle for this execution; whoever is live gets ``error``."""
+        if self._process.cancel_called:
+            return
         for member in self._by_index:
             if member.live:
                 self._serve(member)
@@ -161,6 +176,9 @@ class HostedBatch(Batch):
                 _accounts(self._by_index),
             )
         )
+
+    def _may_be_told(self, member: Member) -> bool:
+        return member.live and not self._process.cancel_called
 
 
 def _accounts(members: Sequence[Member]) -> list[Account]:
