@@ -15,6 +15,7 @@ import trio
 from trio.testing import wait_all_tasks_blocked
 
 from triton_trio import errors
+from triton_trio.backends.worker import wire
 from triton_trio.backends.worker.connection import Connection
 from triton_trio.backends.worker.logs import FULL, PostHandler, log
 from triton_trio.backends.worker.messages import (
@@ -112,7 +113,10 @@ def test_what_is_no_message_is_nonsense_and_nothing_worse(header: bytes) -> None
         decode(header, b"")
 
 
-@pytest.mark.parametrize("prefix", [b"GET / HTTP/1.1\r\n", PREFIX.pack(b"TTw1", 5, 1 << 60)])
+@pytest.mark.parametrize(
+    "prefix",
+    [b"GET / HTTP/1.1\r\nHost"[: PREFIX.size], b"TTw1".ljust(PREFIX.size, b"\xff"), PREFIX.pack(b"TTw1", 5, 1 << 60)],
+)
 def test_what_is_no_frame_is_nonsense_and_takes_no_memory(prefix: bytes) -> None:
     with pytest.raises(NonsenseError):
         read_prefix(prefix)
@@ -162,6 +166,37 @@ async def test_what_was_said_before_the_end_is_heard() -> None:
         one.post(Waiting(3))  # to nobody: that is no error
         assert [await one.receive() for _ in range(3)] == [Waiting(1), Waiting(2), None]
         assert one.outbound_bytes == 0
+
+
+async def test_what_the_other_end_would_not_take_is_the_senders_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with two_ends() as (one, other):
+        for limit in ("_MAX_HEADER", "_MAX_BODY"):
+            with monkeypatch.context() as patched:
+                patched.setattr(wire, limit, 100)
+                with pytest.raises(InternalError, match="too much for a message to or from"):
+                    one.post(Respond(1, 0, True, {"text": "x" * 100}, [{"X": np.zeros(101, np.uint8)}]))
+        one.post(Waiting(1))
+        assert await other.receive() == Waiting(1)
+
+
+@pytest.mark.parametrize("length", [1 << 16, (1 << 16) + 1, 12_000_000])
+async def test_a_text_of_any_length_can_be_an_error_or_a_log_line(length: int) -> None:
+    text = "\x01" * length
+    logger = logging.getLogger("triton_trio.tests.long")
+    async with two_ends() as (one, other):
+        handler = PostHandler(one)
+        logger.addHandler(handler)
+        try:
+            logger.warning("%s", text)
+        finally:
+            logger.removeHandler(handler)
+        one.post(Fail(1, 0, write_error(InternalError(text))))
+        line, fail = await other.receive(), await other.receive()
+    for arrived in (line.text, read_error(fail.error).message):
+        if length <= 1 << 16:
+            assert arrived == text
+        else:
+            assert arrived == f"{text[: 1 << 16]}... (cut: it had {length} characters)"
 
 
 async def test_an_array_that_has_no_datatype_is_the_senders_error() -> None:

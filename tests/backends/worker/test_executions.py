@@ -158,6 +158,56 @@ async def test_an_error_in_the_worker_is_the_requests_error(tmp_path: Path, auto
         assert not backend.child.killed
 
 
+LONG = {"text": "\x01" * 11_300_000}  # six bytes each, as JSON
+
+
+async def test_law_7_who_has_too_long_a_text_is_refused_alone(tmp_path: Path, autojump_clock: MockClock) -> None:
+    hosted = ScriptedBackend(lambda stacked: stacked + 1)
+    async with workers(tmp_path, BATCHING, hosted) as (server, backend), calling(server.model("m")) as callers:
+        a, b, c = [
+            callers.start(label, value=rows, rows=rows, parameters=LONG if label == "b" else {"text": "x" * 1000})
+            for rows, label in enumerate("abc", 1)
+        ]
+        await b.ended.wait()
+        assert isinstance(b.error, InvalidArgument)
+        assert b.error.message == (
+            "[request id: b] the ids and parameters of this request have 11300005 characters together, and model 'm', "
+            "which is in a worker process, takes 1048576; send long texts as BYTES tensors"
+        )
+        execution = await hosted.wait_execution()
+        execution.step()
+        execution.finish()
+        await a.ended.wait()
+        await c.ended.wait()
+        assert (len(execution.live[0]), execution.rows) == (2, 6)
+        assert (a.output.tolist(), c.output.tolist()) == ([[2, 2]], [[4, 4]] * 3)
+        assert len(backend.children) == 1
+
+
+async def test_a_batch_of_which_all_are_refused_is_not_executed(tmp_path: Path, autojump_clock: MockClock) -> None:
+    hosted = ScriptedBackend(automatic=True)
+    async with workers(tmp_path, PLAIN, hosted) as (server, backend), calling(server.model("m")) as callers:
+        a = callers.start("a", parameters=LONG)
+        b = callers.start("b" * ((1 << 20) + 1))
+        c = callers.start("c" * (1 << 20))
+        for call in (a, b, c):
+            await call.ended.wait()
+        assert isinstance(a.error, InvalidArgument) and isinstance(b.error, InvalidArgument)
+        assert c.outcome is Outcome.OK
+        assert (len(hosted.executions), len(backend.children)) == (1, 1)
+
+
+async def test_no_batch_is_too_long_if_none_of_its_requests_is(tmp_path: Path, autojump_clock: MockClock) -> None:
+    hosted = ScriptedBackend(automatic=True)
+    async with workers(tmp_path, BATCHING, hosted) as (server, backend), calling(server.model("m")) as callers:
+        text = "\N{GRINNING FACE}" * 1_000_000  # twelve bytes each, as JSON
+        calls = [callers.start(str(number), rows=1, parameters={"text": text}) for number in range(6)]
+        for call in calls:
+            await call.ended.wait()
+        assert {call.outcome for call in calls} == {Outcome.OK}
+        assert (len(hosted.executions), len(backend.children)) == (1, 1)
+
+
 # Readers
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from ...errors import InternalError
+from ...errors import InternalError, InvalidArgument
 from ...request import RESPONSE_BUFFER
 from ...scopes import Reason
 from .messages import (
@@ -32,12 +32,16 @@ from .messages import (
 if TYPE_CHECKING:
     from ...batch import Batch, Member
     from ...errors import TritonError
-    from ...request import Array, ParameterValue
+    from ...request import Array, InferenceRequest, ParameterValue
     from .connection import Connection
     from .messages import Tensors
 
 #: Responses of one member that its reader takes before the worker hears of it: half of what may be on the way.
 _TOGETHER = RESPONSE_BUFFER // 2
+
+#: Characters of a request's ids and parameters together.  The event loops of both processes stand still for as long as they
+#: take to write and to read them as JSON, 10 ms or so for this many.
+LONGEST = 1 << 20
 
 
 class _Leaving:
@@ -69,9 +73,28 @@ class RemoteExecution:
         self._readers: trio.Nursery | None = None
         self._untold = [0] * len(self._members)  # responses of which the worker does not know that they were taken
         self._behind: set[int] = set()  # members whose reader is waited for
-        connection.post(Execute(number, instance, [_part(member) for member in self._members], _inputs(self._members)))
+        refused = [index for index, member in enumerate(self._members) if self._refuse(member)]
+        if len(refused) == len(self._members):
+            self._ended.set()
+            return
+        parts = [_row(member) if index in refused else _part(member) for index, member in enumerate(self._members)]
+        connection.post(Execute(number, instance, parts, _inputs(self._members)))
         for index, member in enumerate(self._members):
             member.scope = _Leaving(self, index)
+        for index in refused:
+            self.leave(index, Reason.CALLER.value)
+
+    def _refuse(self, member: Member) -> bool:
+        """Whether its texts are too long; it has been told then, and nobody else notices."""
+        size = _characters(member.request)
+        if size > LONGEST:
+            request = member.request
+            why = (
+                f"{request.label}the ids and parameters of this request have {size} characters together, and model "
+                f"'{request.model_name}', which is in a worker process, takes {LONGEST}; send long texts as BYTES tensors"
+            )
+            self.batch.fail(member, InvalidArgument(why))
+        return size > LONGEST
 
     # The server's side
 
@@ -203,6 +226,16 @@ def _part(member: Member) -> Part:
         request.sequence_end,
         dict(request.parameters),
     )
+
+
+def _row(member: Member) -> Part:
+    """Of a member that is not there any more."""
+    return Part(member.stop - member.start, member.ready, "", member.request.generation, 0, False, False, {})
+
+
+def _characters(request: InferenceRequest) -> int:
+    texts = (request.request_id, request.sequence_id, *request.parameters, *request.parameters.values())
+    return sum(len(text) for text in texts if isinstance(text, str))
 
 
 def _inputs(members: Sequence[Member]) -> Tensors:

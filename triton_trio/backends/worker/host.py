@@ -34,6 +34,7 @@ from .messages import (
     Report,
     Taken,
     Waiting,
+    cut,
     write_error,
 )
 from .plain import read_config, write_statistics
@@ -128,7 +129,7 @@ class Host:
             with availability.while_ready():
                 await trio.sleep_forever()
             await availability.wait()
-        self._connection.post(GivenUp(availability.why))
+        self._connection.post(GivenUp(cut(availability.why)))
 
     # What comes
 

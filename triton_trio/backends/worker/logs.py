@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
-from .messages import Log
+from .messages import Log, cut
 
 if TYPE_CHECKING:
     from .connection import Connection
@@ -35,7 +35,7 @@ class PostHandler(logging.Handler):
         message = Log(
             record.name,
             record.levelno,
-            text,
+            cut(text),
             record.created,
             record.pathname,
             record.lineno,

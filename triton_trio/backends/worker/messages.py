@@ -244,6 +244,17 @@ class Log(Message):
     thread: str
 
 
+# Texts
+
+#: Characters of an error or a log line; more is of no use to who reads it, and a server that is busy has to read it, too.
+LONGEST = 1 << 16
+
+
+def cut(text: str) -> str:
+    """``text``, or its beginning and how long it was."""
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... (cut: it had {len(text)} characters)"
+
+
 # Errors
 
 _ERRORS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(kind, type)}
@@ -252,7 +263,7 @@ _ERRORS = {kind.__name__: kind for kind in vars(errors).values() if isinstance(k
 def write_error(error: TritonError) -> tuple[str, Sequence[str]]:
     """For a message; of a class that the other end does not know, the nearest one that it knows."""
     kind = next(each for each in type(error).__mro__ if _ERRORS.get(each.__name__) is each)
-    return kind.__name__, [str(each) for each in error.args]
+    return kind.__name__, [cut(str(each)) for each in error.args]
 
 
 def read_error(written: Sequence[object]) -> TritonError:

@@ -11,17 +11,18 @@ import json
 from struct import Struct
 from typing import Any, cast
 
-from ...errors import InvalidArgument
+from ...errors import InternalError, InvalidArgument
 from ...tensor import Array, Buffer, datatype_of, from_raw, to_raw
 from . import messages
 from .messages import Message
 
 #: A mark, bytes of the header, bytes of the tensors.
-PREFIX = Struct("<4sIQ")
+PREFIX = Struct("<4sQQ")
 _MARK = b"TTw1"
 #: Where each tensor begins: arrays are views of the body, and an unaligned view is slow.
 _ALIGNED = 16
-_MAX_HEADER, _MAX_BODY = 1 << 26, 1 << 36
+#: Far from what a batch has: its requests' texts are in one header, and must not be too long together if none is by itself.
+_MAX_HEADER, _MAX_BODY = 1 << 36, 1 << 36
 
 _KINDS: dict[str, type[Message]] = {
     name: kind for name, kind in vars(messages).items() if isinstance(kind, type) and issubclass(kind, Message)
@@ -39,7 +40,7 @@ def encode(message: Message) -> list[Buffer]:
     """The frame, in pieces; tensors are not copied, if they are contiguous.
 
     Raises:
-      InternalError: an array has a dtype that Triton has no datatype for.
+      InternalError: an array has a dtype that Triton has no datatype for; or it is more than the other end takes.
     """
     pieces: list[Buffer] = [b""]
     size = 0
@@ -58,6 +59,10 @@ def encode(message: Message) -> list[Buffer]:
     kind = type(message)
     fields = [getattr(message, name) for name in _FIELDS[kind]]
     header = json.dumps((kind.__name__, fields, described), separators=(",", ":")).encode()
+    if len(header) > _MAX_HEADER or size > _MAX_BODY:
+        raise InternalError(
+            f"{len(header)} bytes, and {size} of tensors, are too much for a message to or from a worker process"
+        )
     pieces[0] = PREFIX.pack(_MARK, len(header), size) + header
     return pieces
 
