@@ -210,6 +210,23 @@ async def test_an_array_that_has_no_datatype_is_the_senders_error() -> None:
 # Log lines
 
 
+async def test_a_bad_log_call_is_no_error_of_its_callers(capsys: pytest.CaptureFixture[str]) -> None:
+    logger = logging.getLogger("triton_trio.tests.bad")
+    logger.propagate = False  # pytest's own handler raises
+    async with two_ends() as (one, other):
+        handler = PostHandler(one)
+        logger.addHandler(handler)
+        try:
+            logger.warning("%d rows", "three")
+            await trio.to_thread.run_sync(logger.warning, "%d rows", "three")
+            logger.warning("%d rows", 3)
+        finally:
+            logger.removeHandler(handler)
+            logger.propagate = True
+        assert (await other.receive()).text == "3 rows"
+    assert capsys.readouterr().err.count("Message: '%d rows'") == 2
+
+
 async def test_a_flood_of_log_lines_is_cut_and_does_not_keep_answers_waiting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

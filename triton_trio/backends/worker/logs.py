@@ -29,10 +29,24 @@ class PostHandler(logging.Handler):
         self._dropped = 0
 
     def emit(self, record: logging.LogRecord) -> None:
+        try:
+            message = self._message(record)
+        except Exception:  # noqa: BLE001  # as every handler: a bad log call is not an error of its caller's
+            self.handleError(record)
+            return
+        if threading.get_ident() == self._thread:
+            self._post(message)  # before what happens next, the answer to a request, say
+            return
+        try:
+            self._token.run_sync_soon(self._post, message)
+        except trio.RunFinishedError:
+            return
+
+    def _message(self, record: logging.LogRecord) -> Log:
         text = record.getMessage()
         if record.exc_info:
             text += "\n" + (self.formatter or logging.Formatter()).formatException(record.exc_info)
-        message = Log(
+        return Log(
             record.name,
             record.levelno,
             cut(text),
@@ -41,13 +55,6 @@ class PostHandler(logging.Handler):
             record.lineno,
             record.threadName or "",
         )
-        if threading.get_ident() == self._thread:
-            self._post(message)  # before what happens next, the answer to a request, say
-            return
-        try:
-            self._token.run_sync_soon(self._post, message)
-        except trio.RunFinishedError:
-            return
 
     def _post(self, message: Log) -> None:
         if self._connection.outbound_bytes > FULL:
