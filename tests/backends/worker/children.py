@@ -55,6 +55,7 @@ class Obedient(Backend, BackendModel, BackendInstance):
         time.sleep(1000)
 
     def log(self) -> None:
+        LOGGER.info("a detail")
         LOGGER.warning("one %s", "line")
         try:
             raise ValueError("which has reasons")

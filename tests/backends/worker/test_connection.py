@@ -17,7 +17,7 @@ from trio.testing import wait_all_tasks_blocked
 from triton_trio import errors
 from triton_trio.backends.worker import wire
 from triton_trio.backends.worker.connection import Connection
-from triton_trio.backends.worker.logs import FULL, PostHandler, log
+from triton_trio.backends.worker.logs import FULL, PostHandler, levels, log, set_levels
 from triton_trio.backends.worker.messages import (
     Execute,
     Fail,
@@ -225,6 +225,19 @@ async def test_a_bad_log_call_is_no_error_of_its_callers(capsys: pytest.CaptureF
             logger.propagate = True
         assert (await other.receive()).text == "3 rows"
     assert capsys.readouterr().err.count("Message: '%d rows'") == 2
+
+
+def test_levels_are_those_that_loggers_have_and_not_those_that_they_inherit(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.ERROR)
+    caplog.set_level(logging.DEBUG, logger="triton_trio.tests.levels")
+    logging.getLogger("triton_trio.tests.levels.below")
+    servers = levels()
+    assert (servers[""], servers["triton_trio.tests.levels"]) == (logging.ERROR, logging.DEBUG)
+    assert not {"triton_trio.tests.levels.below", "triton_trio.tests"} & servers.keys()
+    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.WARNING, logger="triton_trio.tests.levels")
+    set_levels(servers)
+    assert levels() == servers
 
 
 async def test_a_flood_of_log_lines_is_cut_and_does_not_keep_answers_waiting(

@@ -103,6 +103,16 @@ async def test_log_lines_come_through_the_servers_logging(tmp_path: Path, caplog
         assert second.getMessage().endswith("ValueError: which has reasons")
 
 
+async def test_a_worker_logs_what_its_server_logs_when_it_starts(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="triton_trio.tests")
+    more = 'parameters { key: "on_load" value { string_value: "log" } }'
+    async with processes(tmp_path, more=more):
+        lines = [record.getMessage() for record in caplog.records if record.name == "triton_trio.tests.children"]
+        assert lines[:2] == ["a detail", "one line"]
+
+
 async def test_megabytes_go_there_and_back(tmp_path: Path) -> None:
     config = scripted_config(max_batch_size=2, dims=(-1,))
     async with open_test_server(tmp_path, {"m": config}, Processes(), limit=30) as server:

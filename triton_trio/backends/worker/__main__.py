@@ -1,9 +1,10 @@
-"""``python -m triton_trio.backends.worker FD MODULE:FUNCTION``: what the server starts; nobody else can use it."""
+"""``python -m triton_trio.backends.worker FD MODULE:FUNCTION LEVELS``: what the server starts; nobody else can use it."""
 
 from __future__ import annotations
 
 import faulthandler
 import importlib
+import json
 import logging
 import os
 import select
@@ -18,7 +19,7 @@ from ..._process import keep_large_buffers
 from ..base import Backend
 from .connection import Connection
 from .host import Host
-from .logs import PostHandler
+from .logs import PostHandler, set_levels
 
 
 def end_with_the_server(sock: socket.socket) -> None:
@@ -45,7 +46,8 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()  # a crash says where, on the server's standard error
-    fd, factory = sys.argv[1:]
+    fd, factory, levels = sys.argv[1:]
+    set_levels(json.loads(levels))
     os.set_inheritable(int(fd), False)
     sock = socket.socket(fileno=int(fd))
     # Owner: nobody; a daemon, so that the process can end before the server.

@@ -1,9 +1,10 @@
-"""Log lines of a worker process go through the server's logging, under the names that they have there."""
+"""Log lines of a worker process go through the server's logging, under the names and at the levels that they have there."""
 
 from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -64,6 +65,20 @@ class PostHandler(logging.Handler):
             message = replace(message, text=f"({self._dropped} lines were dropped) {message.text}")
             self._dropped = 0
         self._connection.post(message)
+
+
+def levels() -> dict[str, int]:
+    """In the server: the level of each logger that has one of its own; that of the root is under ``""``."""
+    # A copy, for other threads make loggers.
+    loggers = list(logging.root.manager.loggerDict.items())
+    own = {name: logger.level for name, logger in loggers if isinstance(logger, logging.Logger) and logger.level}
+    return {"": logging.root.level, **own}
+
+
+def set_levels(wanted: Mapping[str, int]) -> None:
+    """In the worker: log what the server would, and make no lines that it would drop."""
+    for name, level in wanted.items():
+        logging.getLogger(name).setLevel(level)
 
 
 def log(message: Log, pid: int) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -11,6 +12,8 @@ from collections.abc import Mapping
 from typing import Protocol
 
 import trio
+
+from .logs import levels
 
 
 class Child(Protocol):
@@ -68,7 +71,7 @@ async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
     """
     await trio.lowlevel.checkpoint()
     ours, theirs = socket.socketpair()
-    command = python("-m", f"{__package__}", str(theirs.fileno()), factory)
+    command = python("-m", f"{__package__}", str(theirs.fileno()), factory, json.dumps(levels()))
     with theirs:
         try:
             # Shielded: a process that is started and not known is one that nobody ends.  Bounded by fork and exec.
