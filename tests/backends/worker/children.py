@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator
@@ -53,6 +55,19 @@ class Obedient(Backend, BackendModel, BackendInstance):
         """The event loop, too: whoever waits for an answer to anything waits for ever."""
         print(os.getpid(), flush=True)
         time.sleep(1000)
+
+    def hold(self) -> None:
+        """The GIL: no thread of Python's runs any more."""
+        print(os.getpid(), flush=True)
+        ctypes.PyDLL(None).sleep(1000)
+
+    def start(self) -> None:
+        """A process of the model's own, which has inherited standard output."""
+        LOGGER.warning("it has started %d", subprocess.Popen(["sleep", "1000"]).pid)
+
+    def start_and_hang(self) -> None:
+        self.start()
+        self.hang()
 
     def log(self) -> None:
         LOGGER.info("a detail")

@@ -138,16 +138,17 @@ SERVER = """
     async def main():
         async with processes(Path(sys.argv[1])) as server:
             model = server.model("m")
-            await model.infer(model.request(INPUTS, parameters={"do": "hang"}))
+            await model.infer(model.request(INPUTS, parameters={"do": sys.argv[2]}))
 
     trio.run(main)
 """
 
 
-async def test_no_process_outlives_a_server_that_was_killed_though_its_event_loop_hangs(tmp_path: Path) -> None:
+@pytest.mark.parametrize("do", ["hang", "hold", "start_and_hang"])
+async def test_no_process_outlives_a_server_that_was_killed_whatever_it_hangs_in(tmp_path: Path, do: str) -> None:
     with trio.fail_after(30):
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-c", dedent(SERVER), str(tmp_path)], stdout=subprocess.PIPE
+            [sys.executable, "-c", dedent(SERVER), str(tmp_path), do], stdout=subprocess.PIPE
         )
         assert process.stdout is not None
         async with process.stdout:

@@ -1,8 +1,9 @@
-"""``python -m triton_trio.backends.worker FD MODULE:FUNCTION LEVELS``: what the server starts; nobody else can use it."""
+"""``python -m triton_trio.backends.worker FD LIFELINE MODULE:FUNCTION LEVELS``, which the server alone starts."""
 
 from __future__ import annotations
 
 import faulthandler
+import fcntl
 import importlib
 import json
 import logging
@@ -11,7 +12,6 @@ import select
 import signal
 import socket
 import sys
-import threading
 
 import trio
 
@@ -22,16 +22,19 @@ from .host import Host
 from .logs import PostHandler, set_levels
 
 
-def end_with_the_server(sock: socket.socket) -> None:
-    """Wait in a thread until the server's end of the connection is closed, and then end the process.
+def end_with_the_server(lifeline: int) -> None:
+    """The kernel kills this process, and what it has started, when nobody holds the other end of the pipe ``lifeline``.
 
-    Nothing that blocks the event loop, a model's ``load`` or a hanging device can keep it alive.  (The kernel can send a
-    signal when a parent ends, but means by that the thread that has started the process, which is one of a pool.)
+    No thread of ours could be sure to see that: native code may keep the GIL for ever.  SIGKILL and not SIGIO, which a
+    library may handle.
     """
+    fcntl.fcntl(lifeline, fcntl.F_SETSIG, signal.SIGKILL)
+    fcntl.fcntl(lifeline, fcntl.F_SETOWN, -os.getpgrp())
+    fcntl.fcntl(lifeline, fcntl.F_SETFL, fcntl.fcntl(lifeline, fcntl.F_GETFL) | os.O_ASYNC)
     poll = select.poll()
-    poll.register(sock, select.POLLRDHUP)
-    poll.poll()
-    os._exit(0)
+    poll.register(lifeline)
+    if poll.poll(0):
+        os.killpg(0, signal.SIGKILL)  # the server has gone before there was an owner to tell
 
 
 async def host(backend: Backend, sock: socket.socket) -> None:
@@ -46,12 +49,12 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     faulthandler.enable()  # a crash says where, on the server's standard error
-    fd, factory, levels = sys.argv[1:]
+    fd, lifeline, factory, levels = sys.argv[1:]
+    for each in (fd, lifeline):
+        os.set_inheritable(int(each), False)
+    end_with_the_server(int(lifeline))
     set_levels(json.loads(levels))
-    os.set_inheritable(int(fd), False)
     sock = socket.socket(fileno=int(fd))
-    # Owner: nobody; a daemon, so that the process can end before the server.
-    threading.Thread(target=end_with_the_server, args=(sock,), name="end with the server", daemon=True).start()
     keep_large_buffers()
     module, _, function = factory.partition(":")
     trio.run(host, getattr(importlib.import_module(module), function)(), sock)

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import ExitStack
 from typing import Protocol
 
 import trio
@@ -30,18 +31,27 @@ class Child(Protocol):
 
 
 class ChildProcess:
-    """Made by :func:`launch`."""
+    """Made by :func:`launch`.
 
-    def __init__(self, process: trio.Process, sock: socket.socket) -> None:
+    Args:
+      lifeline: the process is killed by the kernel when this is closed, by the end of this process at the latest.
+    """
+
+    def __init__(self, process: trio.Process, sock: socket.socket, lifeline: int) -> None:
         self.pid = process.pid
         self.socket = sock
         self._process = process
+        self._lifeline: int | None = lifeline
 
     def kill(self) -> None:
         self._process.kill()
 
     async def wait(self) -> int:
-        return await self._process.wait()
+        code = await self._process.wait()
+        if self._lifeline is not None:
+            os.close(self._lifeline)
+            self._lifeline = None
+        return code
 
 
 def python(*arguments: str) -> list[str]:
@@ -70,23 +80,26 @@ async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
     **Cancellation:** before, not while the process starts.
     """
     await trio.lowlevel.checkpoint()
-    ours, theirs = socket.socketpair()
-    command = python("-m", f"{__package__}", str(theirs.fileno()), factory, json.dumps(levels()))
-    with theirs:
-        try:
-            # Shielded: a process that is started and not known is one that nobody ends.  Bounded by fork and exec.
-            with trio.CancelScope(shield=True):
-                process = await trio.lowlevel.open_process(
-                    command,
-                    stdin=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    start_new_session=True,
-                    env=worker_environment(environment),
-                )
-        except OSError:
-            ours.close()
-            raise
-    return ChildProcess(process, ours)
+    with ExitStack() as ours, ExitStack() as theirs:
+        our_socket, their_socket = socket.socketpair()
+        ours.enter_context(our_socket)
+        theirs.enter_context(their_socket)
+        their_lifeline, our_lifeline = os.pipe()
+        ours.callback(os.close, our_lifeline)
+        theirs.callback(os.close, their_lifeline)
+        passed = (their_socket.fileno(), their_lifeline)
+        command = python("-m", f"{__package__}", *map(str, passed), factory, json.dumps(levels()))
+        # Shielded: a process that is started and not known is one that nobody ends.  Bounded by fork and exec.
+        with trio.CancelScope(shield=True):
+            process = await trio.lowlevel.open_process(
+                command,
+                stdin=subprocess.DEVNULL,
+                pass_fds=passed,
+                start_new_session=True,
+                env=worker_environment(environment),
+            )
+        ours.pop_all()
+    return ChildProcess(process, our_socket, our_lifeline)
 
 
 def describe_end(code: int | None) -> str:
