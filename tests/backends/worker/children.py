@@ -54,20 +54,24 @@ class Obedient(Backend, BackendModel, BackendInstance):
     def hang(self) -> None:
         """The event loop, too: whoever waits for an answer to anything waits for ever."""
         print(os.getpid(), flush=True)
-        time.sleep(1000)
+        time.sleep(100)
 
     def hold(self) -> None:
         """The GIL: no thread of Python's runs any more."""
         print(os.getpid(), flush=True)
-        ctypes.PyDLL(None).sleep(1000)
+        ctypes.PyDLL(None).sleep(100)
 
     def start(self) -> None:
         """A process of the model's own, which has inherited standard output."""
-        LOGGER.warning("it has started %d", subprocess.Popen(["sleep", "1000"]).pid)
+        LOGGER.warning("it has started %d", subprocess.Popen(["sleep", "100"]).pid)
 
     def start_and_hang(self) -> None:
         self.start()
         self.hang()
+
+    def start_and_exit(self) -> None:
+        self.start()
+        self.exit()
 
     def log(self) -> None:
         LOGGER.info("a detail")

@@ -57,6 +57,14 @@ def is_gone(pid: int) -> bool:
     return not Path(f"/proc/{pid}").exists()
 
 
+def runs(pid: int) -> bool:
+    """Not our child: whose it is may not reap it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
 async def test_a_process_is_killed_crashes_hangs_and_is_replaced_each_time(tmp_path: Path) -> None:
     async with processes(tmp_path, release_limit=0.2) as server, calling(server.model("m")) as callers:
         model = server.model("m")
@@ -129,6 +137,25 @@ async def test_a_process_that_ends_in_the_load_says_how(tmp_path: Path) -> None:
     async with processes(tmp_path, more=more, explicit=True) as server:
         with pytest.raises(Unavailable, match="the worker process of model 'm' was killed by SIGSEGV"):
             await server.load_model("m")
+
+
+async def test_what_a_model_has_started_ends_with_its_worker_however_that_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with processes(tmp_path, release_limit=0.2) as server:
+        model = server.model("m")
+        async with calling(model) as callers:
+            for do in ("start_and_hang", "start_and_exit"):
+                pid = pid_of(server)
+                call = await callers.call(do, parameters={"do": do})
+                await until(lambda request=call.request: request.bound_at)
+                call.leave()
+                await until(lambda pid=pid: pid_of(server) not in (pid, None))
+        await model.infer(model.request(INPUTS, parameters={"do": "start"}))  # and then the model is unloaded
+    started = [int(line.split()[-1]) for line in caplog.messages if line.startswith("it has started")]
+    assert len(started) == 3
+    with trio.fail_after(10):
+        await until(lambda: not any(map(runs, started)))
 
 
 SERVER = """

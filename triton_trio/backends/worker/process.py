@@ -31,27 +31,34 @@ class Child(Protocol):
 
 
 class ChildProcess:
-    """Made by :func:`launch`.
+    """Made by :func:`launch`.  Whatever the model has started is in its process group, and ends with it.
 
     Args:
+      ended: a descriptor that is readable when the process has ended (``pidfd_open``).
       lifeline: the process is killed by the kernel when this is closed, by the end of this process at the latest.
     """
 
-    def __init__(self, process: trio.Process, sock: socket.socket, lifeline: int) -> None:
+    def __init__(self, process: trio.Process, sock: socket.socket, ended: int, lifeline: int) -> None:
         self.pid = process.pid
         self.socket = sock
         self._process = process
-        self._lifeline: int | None = lifeline
+        self._ended = ended
+        self._lifeline = lifeline
+        self._code: int | None = None
 
     def kill(self) -> None:
-        self._process.kill()
+        # While the process has not been reaped, ended or not, the number of its group is nobody else's.
+        if self._code is None:
+            os.killpg(self.pid, signal.SIGKILL)
 
     async def wait(self) -> int:
-        code = await self._process.wait()
-        if self._lifeline is not None:
+        if self._code is None:
+            await trio.lowlevel.wait_readable(self._ended)
+            self.kill()  # what it has left behind
+            self._code = await self._process.wait()
+            os.close(self._ended)
             os.close(self._lifeline)
-            self._lifeline = None
-        return code
+        return self._code
 
 
 def python(*arguments: str) -> list[str]:
@@ -89,7 +96,7 @@ async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
         theirs.callback(os.close, their_lifeline)
         passed = (their_socket.fileno(), their_lifeline)
         command = python("-m", f"{__package__}", *map(str, passed), factory, json.dumps(levels()))
-        # Shielded: a process that is started and not known is one that nobody ends.  Bounded by fork and exec.
+        # Shielded: a process that is started and not known is one that nobody ends.  Bounded by fork and exec, or by a kill.
         with trio.CancelScope(shield=True):
             process = await trio.lowlevel.open_process(
                 command,
@@ -98,8 +105,14 @@ async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
                 start_new_session=True,
                 env=worker_environment(environment),
             )
+            try:
+                ended = os.pidfd_open(process.pid)
+            except OSError:
+                process.kill()
+                await process.wait()  # noqa: ASYNC120 - shielded
+                raise
         ours.pop_all()
-    return ChildProcess(process, our_socket, our_lifeline)
+    return ChildProcess(process, our_socket, ended, our_lifeline)
 
 
 def describe_end(code: int | None) -> str:
