@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import sys
 from dataclasses import replace
@@ -13,9 +14,20 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.callers import calling
-from triton_trio import InvalidArgument, Outcome, Unavailable
+from triton_trio import InvalidArgument, Outcome, TritonError, Unavailable
 from triton_trio.backends import Availability
-from triton_trio.backends.worker.messages import Finish
+from triton_trio.backends.worker.messages import (
+    Account,
+    Ended,
+    Finish,
+    Hello,
+    InstanceOpened,
+    Lingers,
+    Message,
+    ModelOpened,
+    Refused,
+    Released,
+)
 from triton_trio.instance import InstanceState
 from triton_trio.testing import ScriptedBackend, scripted_config
 
@@ -301,15 +313,77 @@ async def test_laws_4_5_16_whoever_leaves_whatever_dies_and_whenever(
         assert response.outputs["OUTPUT0"].tolist() == [[1, 2]]
 
 
+MAD = [
+    Finish(1, 99),
+    Hello(),
+    ModelOpened([]),
+    InstanceOpened("m_0"),
+    Refused(("Unavailable", ["no"])),
+    Lingers(1, math.nan),
+    Lingers(1, "soon"),
+    Released(1, 0, "all"),
+    Ended(1, None, 0.0, 0.0, "long", [Account(0.0, 0.0, 0.0, 0)]),
+    Ended(1, None, None, 0.0, 0.0, [Account(0.0, 0.0, 0.0, 0)]),
+    Ended(1, None, 0.0, 0.0, 0.0, [Account(math.inf, 0.0, 0.0, 0)]),
+    Ended(1, None, 0.0, 0.0, 0.0, [Account(0.0, 0.0, 0.0, "none")]),
+    Ended(1, None, 0.0, 0.0, 0.0, []),
+]
+
+
+@pytest.mark.parametrize("message", MAD, ids=str)
 async def test_a_message_that_makes_no_sense_now_is_no_error_of_the_servers(
-    tmp_path: Path, autojump_clock: MockClock
+    tmp_path: Path, autojump_clock: MockClock, message: Message
 ) -> None:
     hosted = ScriptedBackend()
     async with workers(tmp_path, PLAIN, hosted) as (server, backend), calling(server.model("m")) as callers:
         a = await callers.call("a")
-        backend.child.connection.post(Finish(1, 99))
-        await a.ended.wait()
+        backend.child.connection.post(message)
+        with trio.fail_after(10):
+            await a.ended.wait()
         assert "said what makes no sense" in a.error.message
+        b = await callers.call("b")
+        (await hosted.wait_execution(1)).finish()
+        await b.ended.wait()
+        assert b.outcome is Outcome.OK
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Hello(),
+        InstanceOpened("m_0"),
+        ModelOpened(["xy"]),
+        ModelOpened([("KIND_CPU", 0, "two")]),
+        ModelOpened([("KIND_CPU", 0, 0)]),
+        ModelOpened([("KIND_CPU", 0, 1 << 17)]),
+        ModelOpened(None),
+        Refused(None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("again", [False, True])
+async def test_a_worker_that_answers_what_nobody_has_asked_is_replaced(
+    tmp_path: Path, autojump_clock: MockClock, message: Message, again: bool
+) -> None:
+    hosted = ScriptedBackend(automatic=True)
+    async with workers(tmp_path, PLAIN, hosted, explicit=True) as (server, backend):
+
+        async def answer(name: str) -> None:
+            hosted.on_open_model = None
+            backend.child.connection.post(message)
+
+        if not again:
+            hosted.on_open_model = answer
+            with pytest.raises(TritonError, match=r"said what makes no sense|an error that nobody knows"):
+                await server.load_model("m")
+        await server.load_model("m")
+        if again:
+            hosted.on_open_model = answer
+            backend.child.die(3)
+            await trio.sleep(LIMITS.delay + 1)
+        assert server.model("m").ready
+        await server.model("m").infer({"INPUT0": np.float32([1, 2])})
+        assert len(backend.children) == (3 if again else 2)
 
 
 async def test_a_device_that_its_backend_gives_up_is_had_again_in_another_process(

@@ -11,7 +11,6 @@ from ...errors import InternalError, InvalidArgument
 from ...request import RESPONSE_BUFFER
 from ...scopes import Reason
 from .messages import (
-    Account,
     Cancel,
     Ended,
     Execute,
@@ -26,6 +25,7 @@ from .messages import (
     Respond,
     Taken,
     read_error,
+    read_seconds,
     write_error,
 )
 
@@ -158,10 +158,10 @@ class RemoteExecution:
             case Fail(_, index, error):
                 self.batch.fail(self._members[index], read_error(error))
             case Released(_, index, steps):
-                self._members[index].steps_after_cancel = steps
+                self._members[index].steps_after_cancel = int(steps)
                 self._members[index].release()
             case Lingers(_, seconds):
-                self.batch.watch_release(seconds)
+                self.batch.watch_release(read_seconds(seconds))
             case Ended():
                 self._end(message)
 
@@ -200,15 +200,14 @@ class RemoteExecution:
     def _end(self, ended: Ended) -> None:
         # Ages, for the two processes have clocks of their own.
         now, cohort = trio.current_time(), self._members[0].cohort
-        if ended.infer_age:
-            cohort.compute_infer_at = max(cohort.began_at, now - ended.infer_age)
-        if ended.output_age:
-            cohort.compute_output_at = max(cohort.compute_infer_at, now - ended.output_age)
-        self.batch.device_seconds = ended.device_seconds
-        for member, plain in zip(self._members, ended.accounts, strict=True):
-            account = Account(*plain)
-            member.useful_seconds, member.wasted_seconds, member.saved_seconds = account[:3]
-            member.steps_after_cancel = account.steps_after_cancel
+        if infer_age := read_seconds(ended.infer_age):
+            cohort.compute_infer_at = max(cohort.began_at, now - infer_age)
+        if output_age := read_seconds(ended.output_age):
+            cohort.compute_output_at = max(cohort.compute_infer_at, now - output_age)
+        self.batch.device_seconds = read_seconds(ended.device_seconds)
+        for member, (*seconds, steps) in zip(self._members, ended.accounts, strict=True):
+            member.useful_seconds, member.wasted_seconds, member.saved_seconds = map(read_seconds, seconds)
+            member.steps_after_cancel = int(steps)
         if ended.error is not None:
             self._error = ended.error
         self._ended.set()

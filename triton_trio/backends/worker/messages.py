@@ -6,6 +6,7 @@ decided in the worker and never waits for the server.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
@@ -266,10 +267,36 @@ def write_error(error: TritonError) -> tuple[str, Sequence[str]]:
     return kind.__name__, [cut(str(each)) for each in error.args]
 
 
-def read_error(written: Sequence[object]) -> TritonError:
+def read_error(written: object) -> TritonError:
     """The error of a message."""
-    name, args = written
-    kind = _ERRORS.get(str(name))
-    if kind is None or not issubclass(kind, TritonError) or not isinstance(args, list):
-        return InternalError(f"a worker process reported an error that nobody knows: {written}")
-    return kind(*args)
+    match written:
+        case [str(name), [*args]] if issubclass(kind := _ERRORS.get(name, object), TritonError):
+            try:
+                return kind(*map(str, args))
+            except TypeError:
+                pass  # not what this class is made of
+    return InternalError(f"a worker process reported an error that nobody knows: {written}")
+
+
+# Numbers, of which the server makes sums, limits and instances
+
+_MOST_LANES = 1 << 16
+
+
+def read_seconds(written: object) -> float:
+    """Raises ValueError, or OverflowError: it is no number."""
+    if not isinstance(written, int | float) or not math.isfinite(written):
+        raise ValueError(f"{written!r} is no number of seconds")
+    return float(written)
+
+
+def read_lanes(written: Sequence[object]) -> dict[tuple[str, int], int]:
+    """By kind and device.  Raises ValueError, or TypeError: there is none, or more than a model has."""
+    lanes = {}
+    for entry in written:
+        match entry:
+            case [str(kind), int(device), int(count)] if 0 < count <= _MOST_LANES:
+                lanes[kind, device] = count
+            case _:
+                raise ValueError(f"{entry!r} are no lanes of an instance")
+    return lanes

@@ -33,6 +33,7 @@ from .messages import (
     Reschedule,
     Respond,
     read_error,
+    read_lanes,
 )
 from .plain import read_statistics
 from .process import Child, describe_end
@@ -69,6 +70,7 @@ class Session:
         self.child = child
         self.connection = Connection(child.socket)
         self.end = ""  #: once it has ended: how
+        self.lanes: dict[tuple[str, int], int] = {}  #: of the model, once it is opened: see :class:`ModelOpened`
         self.reports: dict[str, tuple[float, object]] = {}  #: what instances count, and when they said so
         self.executions: dict[int, RemoteExecution] = {}
         self._name = name
@@ -79,6 +81,8 @@ class Session:
         self._why = ""
         self._looking: set[str] = set()
         self._asked: trio.Event | None = None
+        #: The answer that makes sense next, beside :class:`Refused`.  A process begins with one that nobody has asked for.
+        self._expected: type[Message] | None = Hello
         self._answer: Message | None = None
 
     @asynccontextmanager
@@ -90,7 +94,8 @@ class Session:
         **Cancellation:** the process is killed.
         """
         try:
-            with self._alive, WithoutGroups(nurseries=1):
+            # The scope inside: what a kill makes of ask() is alone only without the cancels of the tasks here.
+            with WithoutGroups(nurseries=1), self._alive:
                 async with trio.open_nursery() as nursery:
                     # Owner of the three: this nursery; ended here, and by the process's end.
                     nursery.start_soon(self.connection.write, name=f"writer to {self._name}")
@@ -115,8 +120,12 @@ class Session:
         """It has not answered yet."""
         return self._asked is not None
 
-    async def ask(self, message: Message | None) -> Message:
-        """Post ``message``, and return the answer.
+    async def ask(self, message: Message | None, expected: type[Message]) -> None:
+        """Post ``message``, and wait for the answer.
+
+        Args:
+          expected: what the answer must be.  A process that says anything else, or says it when nobody has asked, makes no
+            sense and is killed.
 
         Raises:
           TritonError: it was refused, or the process has ended.
@@ -128,6 +137,7 @@ class Session:
         if message is not None:
             self.connection.post(message)
         if self._answer is None and not self.end:
+            self._expected = expected
             await self._asked.wait()
         self._asked = None
         answer, self._answer = self._answer, None
@@ -135,7 +145,6 @@ class Session:
             raise Unavailable(f"the {self._name} {self.end or self._why}")
         if isinstance(answer, Refused):
             raise read_error(answer.error)
-        return answer
 
     def look(self, instance: str) -> None:
         """Ask for the instance's next report, unless it is being waited for."""
@@ -181,9 +190,7 @@ class Session:
                     execution.receive(message)
                 self._on_news()
             case Hello() | ModelOpened() | InstanceOpened() | Refused():
-                self._answer = message
-                if self._asked is not None:
-                    self._asked.set()
+                self._take_answer(message)
             case GivenUp(why):
                 self.kill(f"was killed: {why}")
             case Report():
@@ -193,6 +200,16 @@ class Session:
                 log(message, self.child.pid)
             case _:
                 raise NonsenseError(f"a worker does not send {message}")
+
+    def _take_answer(self, message: Message) -> None:
+        if self._expected is None or not isinstance(message, (self._expected, Refused)):
+            raise NonsenseError(f"nobody has asked for {message}")
+        if isinstance(message, ModelOpened):
+            self.lanes = read_lanes(message.lanes)
+        self._expected = None
+        self._answer = message
+        if self._asked is not None:
+            self._asked.set()
 
     async def _retire(self) -> None:
         if not self._alive.cancel_called:

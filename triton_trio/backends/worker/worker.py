@@ -19,7 +19,7 @@ import trio
 
 from ...errors import TritonError, Unavailable
 from ..availability import Availability
-from .messages import Close, Message, ModelOpened, OpenInstance, OpenModel, Waiting
+from .messages import Close, Hello, InstanceOpened, Message, ModelOpened, OpenInstance, OpenModel, Waiting
 from .plain import write_config
 from .session import Session
 
@@ -134,7 +134,7 @@ class Worker:
         if self._session is None:
             raise Unavailable(f"the {self.name} {self._last_end}")
         began = trio.current_time()
-        await self._session.ask(OpenInstance(placement.name, placement.kind, placement.device))
+        await self._session.ask(_open_instance(placement), InstanceOpened)
         self._load_seconds += trio.current_time() - began
         self._placements.append(placement)
 
@@ -187,7 +187,7 @@ class Worker:
         try:
             async with session.open():
                 with _fail_after(limits.start, f"the {self.name} has not begun within {limits.start:g} s"):
-                    await session.ask(None)
+                    await session.ask(None, Hello)
                 if task_status is not None:
                     began = trio.current_time()
                     await self._open_model(session)
@@ -198,7 +198,7 @@ class Worker:
                     with _fail_after(limit, f"the {self.name} has not loaded the model again within {limit:g} s"):
                         await self._open_model(session)
                         for placement in self._placements:
-                            await session.ask(OpenInstance(placement.name, placement.kind, placement.device))
+                            await session.ask(_open_instance(placement), InstanceOpened)
                 self._session = session
                 self.availability.restore()
                 if task_status is not None:
@@ -213,16 +213,14 @@ class Worker:
 
     async def _open_model(self, session: Session) -> None:
         context = self._context
-        opened = await session.ask(
-            OpenModel(
-                write_config(context.config),
-                context.version,
-                str(context.model_directory),
-                str(context.version_directory),
-            )
+        wanted = OpenModel(
+            write_config(context.config),
+            context.version,
+            str(context.model_directory),
+            str(context.version_directory),
         )
-        assert isinstance(opened, ModelOpened)
-        self.lanes = {(kind, device): lanes for kind, device, lanes in opened.lanes}
+        await session.ask(wanted, ModelOpened)
+        self.lanes = session.lanes
 
     async def _may_restart(self) -> bool:
         """Wait until it is time for the next process; False if there have been too many."""
@@ -242,6 +240,10 @@ class Worker:
         LOGGER.error("the %s %s; it is being restarted", self.name, self._last_end)
         await trio.sleep(0 if times == 1 else limits.delay * 2 ** (times - 2))
         return True
+
+
+def _open_instance(placement: Placement) -> OpenInstance:
+    return OpenInstance(placement.name, placement.kind, placement.device)
 
 
 @contextmanager
