@@ -11,7 +11,7 @@ import triton_trio
 from tests.backends.generation.served import drawn, write_language_model
 from tests.backends.world import COUNTDOWN, COUNTDOWN_CONFIG, countdown, until, write_model
 from triton_trio import Model, Outcome, Unavailable
-from triton_trio.backends.jax import JaxBackend
+from triton_trio.backends.jax import JaxBackend, backend
 from triton_trio.testing import assert_quiescent
 from triton_trio.testing.device import DeviceGate
 
@@ -111,3 +111,23 @@ async def test_a_device_that_is_broken_for_the_process_is_given_up_there_and_the
             with pytest.raises(Unavailable, match="after CUDA_ERROR_ILLEGAL_ADDRESS no program can run there"):
                 await model.infer(countdown(3))
             await until(lambda: not model.ready)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "why"),
+    [
+        (
+            60,
+            "ended with exit code 1: RuntimeError: Unable to initialize backend 'nowhere': .*; make JAX find its devices",
+        ),
+        (0, "has not ended within 0 s; make JAX find its devices"),
+    ],
+)
+def test_devices_that_no_process_can_find_are_an_error_with_jaxs_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, why: str
+) -> None:
+    config = write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, worker_process="true").config
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
+    monkeypatch.setattr(backend, "FIND_SECONDS", seconds)
+    with pytest.raises(Unavailable, match=f"no devices for worker_process: the process that looks for them {why}"):
+        JaxBackend().place(config.instance_groups[0], config)

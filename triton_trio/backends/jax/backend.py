@@ -8,6 +8,7 @@ With the parameter ``worker_process: "true"`` all of it is in a process of its o
 
 from __future__ import annotations
 
+import logging
 import subprocess
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import ExitStack, asynccontextmanager
@@ -19,11 +20,11 @@ from typing import TYPE_CHECKING
 import jax
 import trio
 
-from ...errors import InvalidArgument
+from ...errors import InvalidArgument, Unavailable
 from ...groups import WithoutGroups
 from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
 from ..worker import launch, open_worker_model
-from ..worker.process import python, worker_environment
+from ..worker.process import describe_end, python, worker_environment
 from .apply import execute_apply
 from .checks import check_config
 from .compilation_cache import use_compilation_cache
@@ -46,8 +47,12 @@ if TYPE_CHECKING:
     from ..worker.model import WorkerModel
     from .states import StateStore
 
+LOGGER = logging.getLogger("triton_trio.jax")
+
 #: Of a worker process: it shares its devices with others, so it must not take all their memory when it begins.
 WORKER_ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+FIND_SECONDS = 60.0  #: for a process that looks which devices there are
 
 
 class JaxInstance(BackendInstance):
@@ -205,12 +210,29 @@ class JaxBackend(Backend):
 
     @cached_property
     def _found_by_a_worker(self) -> tuple[str, int]:
-        """As :func:`find_platform`, which would take the devices, and their memory, into this process for ever."""
+        """As :func:`find_platform`, which would take the devices, and their memory, into this process for ever.
+
+        Raises:
+          Unavailable: the process that was to find them has failed; another one is asked the next time.
+        """
         command = python("-c", f"from {find_platform.__module__} import find_platform; print(*find_platform())")
         environment = worker_environment(self._worker_environment)
-        found = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True, timeout=60)
-        platform, count = found.stdout.split()[-2:]
-        return platform, int(count)
+        try:
+            found = subprocess.run(
+                command, env=environment, capture_output=True, text=True, check=True, timeout=FIND_SECONDS
+            )
+        except subprocess.TimeoutExpired:
+            how = f"has not ended within {FIND_SECONDS:g} s"
+        except subprocess.CalledProcessError as exc:
+            LOGGER.error("the process that looks for JAX's devices said:\n%s", exc.stderr)
+            how = ": ".join((describe_end(exc.returncode), *exc.stderr.strip().splitlines()[-1:]))
+        else:
+            platform, count = found.stdout.split()[-2:]
+            return platform, int(count)
+        raise Unavailable(
+            f"no devices for worker_process: the process that looks for them {how}; make JAX find its devices (drivers, "
+            "JAX_PLATFORMS), or say in instance_group where the model is to be (kind, gpus)"
+        )
 
     @asynccontextmanager
     async def open_model(self, context: ModelContext) -> AsyncIterator[JaxModel | LlamaModel | WorkerModel]:
