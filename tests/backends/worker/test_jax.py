@@ -1,7 +1,9 @@
-"""JAX models in a worker: the same answers, bit for bit.  Two processes in all, for each takes seconds to begin."""
+"""JAX models in a worker: the same answers, bit for bit.  Few processes in all, for each takes seconds to begin."""
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,14 @@ import trio
 import triton_trio
 from tests.backends.generation.served import drawn, write_language_model
 from tests.backends.world import COUNTDOWN, COUNTDOWN_CONFIG, countdown, until, write_model
-from triton_trio import Model, Outcome, Unavailable
+from triton_trio import Model, Outcome, TritonError, Unavailable
+from triton_trio.backends import BackendModel, ModelContext
 from triton_trio.backends.jax import JaxBackend, backend
+from triton_trio.backends.worker import launch, open_worker_model
 from triton_trio.testing import assert_quiescent
 from triton_trio.testing.device import DeviceGate
+
+from . import broken
 
 #: The kind, too, for otherwise a process is asked which devices there are.
 BATCHING = """
@@ -111,6 +117,35 @@ async def test_a_device_that_is_broken_for_the_process_is_given_up_there_and_the
             with pytest.raises(Unavailable, match="after CUDA_ERROR_ILLEGAL_ADDRESS no program can run there"):
                 await model.infer(countdown(3))
             await until(lambda: not model.ready)
+
+
+async def test_a_device_that_is_broken_for_its_worker_is_had_again_in_the_next_one(tmp_path: Path) -> None:
+    config = COUNTDOWN_CONFIG + "instance_group [{ count: 1 kind: KIND_CPU }]"
+    write_model(tmp_path / "models", COUNTDOWN, config, max_batch_size=1, ladder=1, worker_process="true")
+    to_break = tmp_path / "to_break"
+    to_break.touch()
+
+    class InWorkers(JaxBackend):
+        def open_model(self, context: ModelContext) -> AbstractAsyncContextManager[BackendModel]:
+            start = partial(launch, f"{broken.__name__}:{broken.breaking.__name__}", {broken.TO_BREAK: str(to_break)})
+            return open_worker_model(context, start)
+
+    with trio.fail_after(60):
+        async with triton_trio.open_server(tmp_path / "models", backends={"jax": InWorkers}) as server:
+            model = server.model("m")
+            (instance,) = model.instances
+            first = instance.statistics().backend.pid
+            with pytest.raises(TritonError, match="CUDA_ERROR_ILLEGAL_ADDRESS"):
+                await model.infer(countdown(3))
+            await until(lambda: instance.statistics().backend.restarts)
+            assert not to_break.exists()
+            response = await model.infer(countdown(3))  # waits in its queue meanwhile
+            assert response.outputs["MADE"].tolist() == [[3]]
+            statistics = instance.statistics().backend
+            assert statistics.pid != first
+            assert "was killed: " in statistics.last_end and "no program can run there" in statistics.last_end
+            await until(lambda: instance.batch is None)
+    assert statistics.restarts == 1
 
 
 @pytest.mark.parametrize(
