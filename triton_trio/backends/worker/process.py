@@ -24,7 +24,7 @@ class Child(Protocol):
     socket: socket.socket  #: the server's end of the connection
 
     def kill(self) -> None:
-        """Sync; nothing happens if it has ended."""
+        """It, and what it has started.  Sync; nothing happens if :meth:`wait` has returned."""
 
     async def wait(self) -> int:
         """Its exit code, or minus the number of the signal.  **Cancellation:** only the wait ends."""
