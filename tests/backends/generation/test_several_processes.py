@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,15 @@ import tritonclient.grpc as tritonclient
 from .served import CHUNK, SLOTS, alone, drawn, write_language_model
 
 TOKENS = 30
+#: A process 1 that has joined the others, and does nothing more.
+JOINED = """
+import sys, jax
+from triton_trio.backends.jax.generation.hosts import join
+join(sys.argv[1], 2, 1)
+jax.devices()
+print("joined", file=sys.stderr, flush=True)
+sys.stdin.read()
+"""
 
 
 def free_port() -> int:
@@ -28,32 +38,68 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-@contextmanager
-def processes(root: Path) -> Iterator[tuple[list[subprocess.Popen[str]], str]]:
-    """Process 0 and 1, and the address of the server; killed at the end, if they have not ended."""
-    environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
-    flags = [f"--coordinator=127.0.0.1:{free_port()}", f"--plan-port={free_port()}", "--processes=2"]
-    flags.append(f"--model={root / 'llm' / '1'}")
-    server = [f"--model-repository={root}", "--grpc-address=127.0.0.1", "--grpc-port=0"]
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-m", "triton_trio.several_hosts", *flags, f"--process={number}", *more],
-            env=environment,
-            stderr=subprocess.PIPE if number == 0 else subprocess.DEVNULL,
+class Process:
+    """A process with one device; whatever becomes of it, it is killed after a minute."""
+
+    def __init__(self, *arguments: str) -> None:
+        environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=1", "JAX_PLATFORMS": "cpu"}
+        self._process = subprocess.Popen(
+            [sys.executable, *arguments],
+            env=os.environ | environment,
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             text=True,
         )
-        for number, more in enumerate((server, []))
-    ]
+        self.log = ""
+        self.signal = self._process.send_signal
+        self._limit = threading.Timer(60, self._process.kill)
+        self._limit.start()
+
+    def wait_for(self, pattern: str) -> str:
+        """The first group in the line that says so."""
+        assert self._process.stderr is not None
+        for line in self._process.stderr:
+            self.log += line
+            if found := re.search(pattern, line):
+                return found[1]
+        raise AssertionError(f"it never said {pattern}: {self.log}")
+
+    def ended(self, within: float = 20) -> int:
+        """Its status, and all that it has said is in ``log``."""
+        _, rest = self._process.communicate(timeout=within)
+        self.log += rest
+        return self._process.returncode
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.communicate()
+        self._limit.cancel()
+        self._limit.join()
+
+
+@contextmanager
+def killed_at_the_end(*processes: Process) -> Iterator[tuple[Process, ...]]:
     try:
-        log = started[0].stderr
-        assert log is not None
-        found = next(filter(None, (re.search(r"Started GRPCInferenceService at (\S+)", line) for line in log)))
-        yield started, found[1]
+        yield processes
     finally:
-        for process in started:
+        for process in processes:
             process.kill()
-            process.communicate()
+
+
+def process_of(number: int, root: Path, coordinator: str, *flags: str) -> Process:
+    server = [f"--model-repository={root}", "--grpc-address=127.0.0.1", "--grpc-port=0"] if number == 0 else []
+    where = [f"--coordinator={coordinator}", "--processes=2", f"--process={number}", f"--model={root / 'llm' / '1'}"]
+    return Process("-m", "triton_trio.several_hosts", *where, *flags, *server)
+
+
+@contextmanager
+def processes(root: Path) -> Iterator[tuple[Process, Process, str]]:
+    """Process 0 and 1, and the address of the server."""
+    write_language_model(root, tensor_parallel=2, slots=SLOTS, prefill_chunk=CHUNK)
+    coordinator, port = f"127.0.0.1:{free_port()}", f"--plan-port={free_port()}"
+    with killed_at_the_end(*(process_of(number, root, coordinator, port) for number in range(2))) as (leader, follower):
+        yield leader, follower, leader.wait_for(r"Started GRPCInferenceService at (\S+)")
 
 
 class Reader:
@@ -83,8 +129,7 @@ class Reader:
 
 @pytest.mark.network
 def test_two_processes_say_what_one_says_and_a_cancel_is_the_same_record_on_both(tmp_path: Path) -> None:
-    write_language_model(tmp_path, tensor_parallel=2, slots=SLOTS, prefill_chunk=CHUNK)
-    with processes(tmp_path) as (started, address):
+    with processes(tmp_path) as (leader, follower, address):
         readers = [Reader(address, number) for number in range(SLOTS)]
         readers[1].read(5)
         readers[1].leave()
@@ -94,5 +139,23 @@ def test_two_processes_say_what_one_says_and_a_cancel_is_the_same_record_on_both
             assert readers[number].ids == alone(number, tokens=TOKENS)[0]
             readers[number].leave()
         assert readers[1].ids == alone(1, tokens=TOKENS)[0][: len(readers[1].ids)]
-        started[0].send_signal(signal.SIGTERM)
-        assert [process.wait(20) for process in started] == [0, 0]
+        leader.signal(signal.SIGTERM)
+        assert (leader.ended(), follower.ended()) == (0, 0), leader.log + follower.log
+
+
+@pytest.mark.network
+def test_sigterm_ends_a_follower(tmp_path: Path) -> None:
+    with processes(tmp_path) as (leader, follower, _):
+        follower.signal(signal.SIGTERM)
+        assert follower.ended() == -signal.SIGTERM
+        leader.wait_for("(the connection to process 1 is lost)")
+
+
+@pytest.mark.network
+def test_sigterm_ends_the_leader_before_it_serves(tmp_path: Path) -> None:
+    write_language_model(tmp_path, tensor_parallel=2)
+    coordinator = f"127.0.0.1:{free_port()}"
+    with killed_at_the_end(process_of(0, tmp_path, coordinator), Process("-c", JOINED, coordinator)) as (leader, other):
+        other.wait_for("(joined)")
+        leader.signal(signal.SIGTERM)
+        assert leader.ended() == -signal.SIGTERM

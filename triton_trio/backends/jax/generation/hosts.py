@@ -49,6 +49,8 @@ def join(coordinator: str, processes: int, process: int, *, port: int | None = N
     if not host or not number.isdecimal():
         raise InvalidArgument(f"the coordinator is HOST:PORT of process 0, got '{coordinator}'")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]  # GPUs have their own
+    # Else JAX takes SIGTERM for a preemption that the training loop will ask for, and no process ends with it.
+    jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
     jax.distributed.initialize(coordinator, processes, process)
     _joined = Hosts(process, processes, host, int(number) + 1 if port is None else port)
     return _joined
