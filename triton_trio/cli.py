@@ -200,8 +200,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the server until it is told to stop; the process's exit status."""
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """The flags; what is wrong with them ends the process."""
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.model_control_mode == "poll":
@@ -213,6 +213,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.rate_limit_resource = []
     if not args.model_repository:
         parser.error("--model-repository is needed: a directory that holds a directory for each model")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the server until it is told to stop; the process's exit status."""
+    args = parse(argv)
     configure_logging(
         verbose=args.log_verbose,
         info=args.log_info,

@@ -14,9 +14,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 import trio
@@ -27,13 +28,16 @@ from .backends.jax.generation.follower import connect, follow
 from .backends.jax.generation.hosts import MEETING, Hosts, join, plan_of
 from .backends.jax.generation.loading import Loader
 from .backends.jax.generation.options import TextOptions
-from .backends.jax.generation.weights import open_checkpoint
+from .backends.jax.generation.weights import Checkpoint, open_checkpoint
 from .config import load_model_config
 from .errors import InvalidArgument, TritonError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one of the processes; its exit status."""
+    """Run one of the processes; its exit status.
+
+    Does not return, but ends the process, where JAX would wait at exit for hosts that are gone.
+    """
     parser = argparse.ArgumentParser(prog="triton_trio.several_hosts", allow_abbrev=False, description=__doc__)
     parser.add_argument("--coordinator", required=True, metavar="HOST:PORT", help="of process 0; PORT + 1 is used, too")
     parser.add_argument("--processes", type=int, required=True, metavar="N")
@@ -44,33 +48,75 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.process and rest:
         parser.error(f"only process 0 takes the server's flags, got {' '.join(rest)}")
     try:
-        hosts = join(args.coordinator, args.processes, args.process, port=args.plan_port)
+        hosts = Hosts.at(args.coordinator, args.processes, args.process, port=args.plan_port)
     except InvalidArgument as exc:
         parser.error(exc.message)
-    if args.process == 0:
-        return cli.main(rest)
+    if not args.process:
+        cli.parse(rest)
+    status = _status(hosts, args.model, rest)
+    if status or not hosts.parted:
+        # JAX waits at exit for the other processes, for minutes, and then aborts this one.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status
+
+
+def _status(hosts: Hosts, directory: Path, flags: Sequence[str]) -> int:
+    """Of the process, when it has done its part; what went wrong has been said."""
     try:
-        trio.run(_follow, hosts, args.model)
-    except* TritonError as group:
-        _die(group)
-    return 0
+        if hosts.process == 0:
+            _meet(hosts, Model.read(directory))
+            return cli.main(flags)
+        model = Model.read(directory)
+        _meet(hosts, model)
+        trio.run(_follow, hosts, model)
+        hosts.parted = True
+        return 0
+    except* (TritonError, OSError) as group:
+        for error in cli.leaves(group):
+            print(f"triton_trio: {error}", file=sys.stderr)
+    except* (Exception, KeyboardInterrupt) as group:  # noqa: BLE001  (it is said, and the process ends)
+        for error in cli.leaves(group):
+            traceback.print_exception(error)
+    return 1
 
 
-async def _follow(hosts: Hosts, directory: Path) -> None:
-    config = await trio.to_thread.run_sync(load_model_config, directory.parent)
-    options = TextOptions.read(config)
-    checkpoint = await trio.to_thread.run_sync(open_checkpoint, options.find_weights(directory))
-    programs = await Loader(config.name, checkpoint, options, jax.devices()).load(SlotPrograms)
+@dataclass(frozen=True, slots=True)
+class Model:
+    """What its files say; nothing is loaded."""
+
+    name: str
+    options: TextOptions
+    checkpoint: Checkpoint
+
+    @classmethod
+    def read(cls, directory: Path) -> Model:
+        """Raises :exc:`TritonError` or :exc:`OSError`: a file is wrong, or not there."""
+        config = load_model_config(directory.parent)
+        options = TextOptions.read(config)
+        return cls(config.name, options, open_checkpoint(options.find_weights(directory)))
+
+
+def _meet(hosts: Hosts, model: Model) -> None:
+    """Blocks until all are there.
+
+    Raises:
+      InvalidArgument: the model is not for all of their devices.
+    """
+    join(hosts)
+    if model.options.devices != (count := jax.device_count()):
+        raise InvalidArgument(
+            f"model '{model.name}' is for {model.options.devices} device(s), and all processes together have {count}: set "
+            f"tensor_parallel to {count} in its config.pbtxt, or start as many processes as it takes"
+        )
+
+
+async def _follow(hosts: Hosts, model: Model) -> None:
+    programs = await Loader(model.name, model.checkpoint, model.options, jax.devices()).load(SlotPrograms)
     plan = plan_of(programs)
     async with await connect(hosts.host, hosts.port, plan, hosts.process, within=MEETING) as stream:
         await follow(stream, plan, programs)
-
-
-def _die(group: BaseExceptionGroup[TritonError]) -> NoReturn:
-    for error in cli.leaves(group):
-        print(f"triton_trio: {error}", file=sys.stderr, flush=True)
-    # At once: a program that waits for a host that is gone would keep the interpreter from ending.
-    os._exit(1)
 
 
 if __name__ == "__main__":

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import random
 from itertools import pairwise
+from pathlib import Path
+from typing import NoReturn
 
+import jax
 import numpy as np
 import pytest
 import trio
@@ -14,6 +18,7 @@ from hypothesis import strategies as st
 
 from triton_trio import several_hosts
 from triton_trio.backends.jax.generation.follower import connect, follow
+from triton_trio.backends.jax.generation.hosts import Hosts
 from triton_trio.backends.jax.generation.leader import LAG, greet_followers
 from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
 from triton_trio.backends.jax.generation.schedule import Generation, Program, Settings, SlotSchedule
@@ -22,6 +27,7 @@ from triton_trio.testing.device import DeviceGate
 
 from ..world import until
 from .hosts import LADDER, Text, alone, inputs, open_hosts
+from .served import write_language_model
 from .test_schedule import Somebody, emitted
 from .tiny import CHUNK, SPEC, prompt
 
@@ -156,11 +162,112 @@ async def test_a_process_may_come_to_any_address_of_the_leader(autojump_clock: t
     assert sorted(found) == ["process 1", "process 2"]
 
 
-def test_an_address_that_is_none_is_a_usage_error(capsys: pytest.CaptureFixture[str]) -> None:
+# The command: nobody waits for a process that cannot be, nor for one that is gone
+
+
+class AtOnce(BaseException):
+    """In the place of the process's end; Python's own would lead through JAX's, which waits for all processes."""
+
+
+class Command:
+    """``main()`` of a process, of which all but the command line is made up."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, root: Path) -> None:
+        self.root = root
+        self.joined = 0
+        self.does: BaseException | None = None  #: what a follower meets when all have joined
+        write_language_model(root)
+        monkeypatch.setattr(several_hosts, "join", self.join)
+        monkeypatch.setattr(several_hosts, "_follow", self.follow)
+        monkeypatch.setattr(several_hosts.cli, "main", lambda flags: 0)
+        monkeypatch.setattr(os, "_exit", self.leave)
+
+    def join(self, hosts: Hosts) -> None:
+        self.joined += 1
+
+    async def follow(self, hosts: Hosts, model: object) -> None:
+        await trio.lowlevel.checkpoint()
+        if self.does is not None:
+            raise self.does
+
+    def leave(self, status: int) -> NoReturn:
+        raise AtOnce(status)
+
+    def run(self, *flags: str, process: int = 1) -> int:
+        where = ["--coordinator=there:1", "--processes=2", f"--model={self.root / 'llm' / '1'}"]
+        server = [f"--model-repository={self.root}"] * (process == 0)
+        return several_hosts.main([*where, f"--process={process}", *server, *flags])
+
+
+@pytest.fixture
+def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
+    return Command(monkeypatch, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("flag", "process", "says"),
+    [
+        ("--coordinator=foo", 0, "the coordinator is HOST:PORT of process 0, got 'foo'"),
+        ("--processes=1", 1, "1 processes have the numbers 0 to 0, got 1"),
+        ("--grpc-prot=1", 0, "unrecognized arguments: --grpc-prot=1"),
+        ("--grpc-port=1", 1, "only process 0 takes the server's flags, got --grpc-port=1"),
+    ],
+)
+def test_a_flag_that_makes_no_sense_is_a_usage_error(
+    command: Command, capsys: pytest.CaptureFixture[str], flag: str, process: int, says: str
+) -> None:
     with pytest.raises(SystemExit) as caught:
-        several_hosts.main(["--coordinator=foo", "--processes=2", "--process=0", "--model=there"])
-    assert caught.value.code == 2
-    assert "the coordinator is HOST:PORT of process 0, got 'foo'" in capsys.readouterr().err
+        command.run(flag, process=process)
+    assert (caught.value.code, command.joined) == (2, 0)
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_process_without_a_model_ends_before_anybody_waits_for_it(
+    command: Command, capsys: pytest.CaptureFixture[str], process: int
+) -> None:
+    with pytest.raises(AtOnce, match="1"):
+        command.run("--model=nowhere/1", process=process)
+    assert command.joined == 0
+    assert capsys.readouterr().err == "triton_trio: [Errno 2] No such file or directory: 'nowhere'\n"
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_model_that_is_not_for_all_devices_is_refused_by_each_process(
+    command: Command, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], process: int
+) -> None:
+    monkeypatch.setattr(jax, "device_count", lambda: 2)
+    with pytest.raises(AtOnce, match="1"):
+        command.run(process=process)
+    assert "model 'llm' is for 1 device(s), and all processes together have 2: set " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (ValueError("out of luck"), "ValueError: out of luck\n"),
+        (ExceptionGroup("tasks", [Unavailable("lost")]), "triton_trio: lost\n"),
+        (KeyboardInterrupt(), "KeyboardInterrupt\n"),
+    ],
+    ids=["bug", "lost", "interrupt"],
+)
+def test_whatever_goes_wrong_in_a_follower_ends_its_process_at_once(
+    command: Command, capsys: pytest.CaptureFixture[str], error: BaseException, says: str
+) -> None:
+    command.does = error
+    with pytest.raises(AtOnce, match="1"):
+        command.run()
+    assert capsys.readouterr().err.endswith(says)
+
+
+def test_only_when_all_know_of_the_end_do_they_meet_for_it(command: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command.run() == 0
+    with pytest.raises(AtOnce, match="0"):  # it was told to stop, and there was no plan, or there is none any more
+        command.run(process=0)
+
+    monkeypatch.setattr(command, "join", lambda hosts: setattr(hosts, "parted", True))
+    monkeypatch.setattr(several_hosts, "join", command.join)
+    assert command.run(process=0) == 0
 
 
 # Hosts: each with a device, a state and delays of its own
@@ -191,6 +298,7 @@ async def test_law_7_all_hosts_make_the_same_texts_whoever_comes_and_goes() -> N
                 readers.start_soon(reader, slot)
     sequence = hosts.leader.dispatched
     assert any(any(program[1]) for program in sequence if len(program) == 3), "nobody was put out by a record"
+    assert hosts.link.parted
     for host in hosts.followers:
         assert host.error == ""
         assert host.dispatched == sequence
@@ -238,6 +346,7 @@ async def test_a_lost_follower_ends_every_text_at_whatever_record_it_is_lost(rec
         assert "the connection to process 2 is lost" in late.error
         await until(lambda: hosts.followers[0].error)
     # The other one has not been told that it was the end, for it was none.
+    assert not hosts.link.parted
     assert hosts.followers[0].error == "the connection to the leader is lost; start all processes again"
 
 

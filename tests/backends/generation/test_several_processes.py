@@ -24,8 +24,8 @@ TOKENS = 30
 #: A process 1 that has joined the others, and does nothing more.
 JOINED = """
 import sys, jax
-from triton_trio.backends.jax.generation.hosts import join
-join(sys.argv[1], 2, 1)
+from triton_trio.backends.jax.generation.hosts import Hosts, join
+join(Hosts.at(sys.argv[1], 2, 1))
 jax.devices()
 print("joined", file=sys.stderr, flush=True)
 sys.stdin.read()
@@ -144,11 +144,13 @@ def test_two_processes_say_what_one_says_and_a_cancel_is_the_same_record_on_both
 
 
 @pytest.mark.network
-def test_sigterm_ends_a_follower(tmp_path: Path) -> None:
+def test_sigterm_ends_a_follower_and_the_leader_that_has_lost_it(tmp_path: Path) -> None:
     with processes(tmp_path) as (leader, follower, _):
         follower.signal(signal.SIGTERM)
         assert follower.ended() == -signal.SIGTERM
         leader.wait_for("(the connection to process 1 is lost)")
+        leader.signal(signal.SIGTERM)
+        assert leader.ended() == 0
 
 
 @pytest.mark.network
@@ -159,3 +161,15 @@ def test_sigterm_ends_the_leader_before_it_serves(tmp_path: Path) -> None:
         other.wait_for("(joined)")
         leader.signal(signal.SIGTERM)
         assert leader.ended() == -signal.SIGTERM
+
+
+@pytest.mark.network
+def test_a_follower_with_another_model_is_refused_by_name_and_all_end(tmp_path: Path) -> None:
+    roots = tmp_path / "one", tmp_path / "other"
+    for slots, root in enumerate(roots, 1):
+        write_language_model(root, tensor_parallel=2, slots=slots)
+    coordinator = f"127.0.0.1:{free_port()}"
+    with killed_at_the_end(*(process_of(*which, coordinator) for which in enumerate(roots))) as (leader, follower):
+        assert leader.ended() == 1
+        assert follower.ended() != 0
+    assert "process 1 has another model, other options" in leader.log

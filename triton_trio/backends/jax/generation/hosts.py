@@ -21,39 +21,48 @@ from .plan import PlanFormat
 MEETING = 600.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Hosts:
-    """Of this process: which it is of how many, and where the leader waits for followers."""
+    """Of this process: which it is of how many, and where the leader waits for followers.  Made by :meth:`at`."""
 
+    coordinator: str
     process: int
     processes: int
     host: str
     port: int
+    #: The plan has ended, and all have been told: they meet once more as they exit, for JAX.  Else there is nobody to wait for.
+    parted: bool = False
+
+    @classmethod
+    def at(cls, coordinator: str, processes: int, process: int, *, port: int | None = None) -> Hosts:
+        """Read what the command line says.
+
+        Args:
+          coordinator: ``HOST:PORT`` of process 0, for JAX.
+          port: for the plan, on the same host; by default the one above the coordinator's.
+
+        Raises:
+          InvalidArgument: the address is none, or there is no such process.
+        """
+        host, _, number = coordinator.rpartition(":")
+        if not host or not number.isdecimal():
+            raise InvalidArgument(f"the coordinator is HOST:PORT of process 0, got '{coordinator}'")
+        if not 0 <= process < processes:
+            raise InvalidArgument(f"{processes} processes have the numbers 0 to {processes - 1}, got {process}")
+        return cls(coordinator, process, processes, host, int(number) + 1 if port is None else port)
 
 
 _joined: Hosts | None = None  # like JAX's own: there is one for each process, and it is made once
 
 
-def join(coordinator: str, processes: int, process: int, *, port: int | None = None) -> Hosts:
-    """Become one of several processes; blocks until all are there.  Before anything else is done with JAX.
-
-    Args:
-      coordinator: ``HOST:PORT`` of process 0, for JAX.
-      port: for the plan, on the same host; by default the one above the coordinator's.
-
-    Raises:
-      InvalidArgument: the address is none.
-    """
+def join(hosts: Hosts) -> None:
+    """Become one of several processes; blocks until all are there.  Before anything else is done with JAX."""
     global _joined
-    host, _, number = coordinator.rpartition(":")
-    if not host or not number.isdecimal():
-        raise InvalidArgument(f"the coordinator is HOST:PORT of process 0, got '{coordinator}'")
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]  # GPUs have their own
     # Else JAX takes SIGTERM for a preemption that the training loop will ask for, and no process ends with it.
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
-    jax.distributed.initialize(coordinator, processes, process)
-    _joined = Hosts(process, processes, host, int(number) + 1 if port is None else port)
-    return _joined
+    jax.distributed.initialize(hosts.coordinator, hosts.processes, hosts.process)
+    _joined = hosts
 
 
 def plan_of(programs: SlotPrograms) -> PlanFormat:
@@ -80,5 +89,9 @@ async def lead(programs: SlotPrograms, on_lost: Callable[[str], None]) -> AsyncI
     finally:
         for listener in listeners:
             listener.socket.close()
-    async with open_leader(plan, followers, on_lost) as programs.leader:
-        yield
+    _joined.parted = False
+    try:
+        async with open_leader(plan, followers, on_lost) as programs.leader:
+            yield
+    finally:
+        _joined.parted = programs.leader.parted

@@ -53,6 +53,7 @@ class Leader:
         self._number = 0
         self._ended = dict.fromkeys(followers, 0)  # the latest record that has ended there
         self.lost = ""  #: why there is no plan any more
+        self.parted = False  #: it was the end, and every follower has been told
         # Of the Trio thread.
         self._lines: dict[str, trio.MemorySendChannel[bytes]] = {}
         self._limits: dict[str, trio.CancelScope] = {}
@@ -158,10 +159,14 @@ class Leader:
             farewell = b"" if self.lost else PlanRecord(self._number + 1, Kind.END).encode()
             self.lost = self.lost or "the model is being unloaded"
             self._room.notify_all()
+        parted = bool(farewell)
         for stream in self._streams.values():
-            with suppress(trio.BrokenResourceError, trio.ClosedResourceError):  # it has its own reasons to end
+            try:
                 await stream.send_all(farewell)
+            except (trio.BrokenResourceError, trio.ClosedResourceError):
+                parted = False  # it has its own reasons to end
             await trio.aclose_forcefully(stream)
+        self.parted = parted
 
 
 async def greet_followers(
