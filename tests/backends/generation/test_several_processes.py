@@ -30,6 +30,20 @@ jax.devices()
 print("joined", file=sys.stderr, flush=True)
 sys.stdin.read()
 """
+#: A process 0 that loads parameters.
+LOADS = """
+import sys, jax, numpy
+from triton_trio.backends.jax.generation.hosts import Hosts, join
+from triton_trio.backends.jax.generation.placement import Placement
+from triton_trio.backends.jax.generation.weights import quantise
+join(Hosts.at(sys.argv[1], 2, 0))
+matrix = numpy.arange(12, dtype=numpy.float32).reshape(2, 6)
+placement = Placement.on(jax.devices())
+for name, weight in ("norm", matrix[0]), ("q", matrix), ("down", matrix), ("up", quantise(matrix, axis=0)):
+    for leaf in jax.tree.leaves(placement.put(name, weight)):
+        print(name, [shard.data.tolist() for shard in leaf.addressable_shards], file=sys.stderr, flush=True)
+sys.stdin.read()
+"""
 
 
 def free_port() -> int:
@@ -161,6 +175,18 @@ def test_sigterm_ends_the_leader_before_it_serves(tmp_path: Path) -> None:
         other.wait_for("(joined)")
         leader.signal(signal.SIGTERM)
         assert leader.ended() == -signal.SIGTERM
+
+
+@pytest.mark.network
+def test_no_process_waits_for_another_while_it_loads() -> None:
+    """The other one has joined, and does nothing more."""
+    coordinator = f"127.0.0.1:{free_port()}"
+    with killed_at_the_end(Process("-c", LOADS, coordinator), Process("-c", JOINED, coordinator)) as (loads, _):
+        assert loads.wait_for("norm (.*)") == "[[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]"
+        assert loads.wait_for("q (.*)") == "[[[0.0, 1.0, 2.0], [6.0, 7.0, 8.0]]]"
+        assert loads.wait_for("down (.*)") == "[[[0.0, 1.0, 2.0, 3.0, 4.0, 5.0]]]"
+        assert loads.wait_for("up (.*)") == "[[[0, 18, 32], [127, 127, 127]]]"
+        assert loads.wait_for("up (.*)").startswith("[[0.04724")
 
 
 @pytest.mark.network

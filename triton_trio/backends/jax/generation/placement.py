@@ -72,10 +72,8 @@ class Placement:
     def put(self, name: str, weight: Any) -> Any:
         """A parameter to the devices; a copy, so the host's array may go."""
         if isinstance(weight, Int8):
-            return Int8(
-                jax.device_put(weight.values, self.matrix(name)), jax.device_put(weight.scale, self.scale(name))
-            )
-        return jax.device_put(weight, self.matrix(name))
+            return Int8(_put(weight.values, self.matrix(name)), _put(weight.scale, self.scale(name)))
+        return _put(weight, self.matrix(name))
 
     def put_params(self, params: Params) -> Params:
         """All of a model's parameters to the devices."""
@@ -92,3 +90,10 @@ class Placement:
         whole, cache = self.whole(), self.cache()
         caches: Any = (cache,) * len(state.keys)
         return jax.tree.map(lambda _: whole, state)._replace(keys=caches, values=caches)
+
+
+def _put(array: Any, sharding: NamedSharding) -> Any:
+    if sharding.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    # device_put would send the whole array to every other process, to compare it; and wait for them, whatever they do.
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
