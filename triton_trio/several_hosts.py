@@ -17,6 +17,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -24,8 +25,8 @@ import trio
 
 from . import cli
 from .backends.jax.generation.engine import SlotPrograms
-from .backends.jax.generation.follower import connect, follow
-from .backends.jax.generation.hosts import MEETING, Hosts, join, plan_of
+from .backends.jax.generation.follower import connect, follow, load_with_leader
+from .backends.jax.generation.hosts import MEETING, Hosts, join
 from .backends.jax.generation.loading import Loader
 from .backends.jax.generation.options import TextOptions
 from .backends.jax.generation.weights import Checkpoint, open_checkpoint
@@ -113,9 +114,10 @@ def _meet(hosts: Hosts, model: Model) -> None:
 
 
 async def _follow(hosts: Hosts, model: Model) -> None:
-    programs = await Loader(model.name, model.checkpoint, model.options, jax.devices()).load(SlotPrograms)
-    plan = plan_of(programs)
+    loader = Loader(model.name, model.checkpoint, model.options, jax.devices())
+    plan = await trio.to_thread.run_sync(loader.plan)
     async with await connect(hosts.host, hosts.port, plan, hosts.process, within=MEETING) as stream:
+        programs = await load_with_leader(stream, partial(loader.load, SlotPrograms))
         await follow(stream, plan, programs)
 
 

@@ -26,6 +26,7 @@ from .test_schedule import Somebody
 from .tiny import CHUNK, SPEC, machine, prompt
 
 LADDER = (1, 8)
+PLAN = PlanFormat(SPEC, (CHUNK,), LADDER, dtype="float32", weights="ours")
 
 
 class Recorded:
@@ -74,10 +75,10 @@ class Host:
         self.scope = trio.CancelScope()
         self.error = ""
 
-    async def follow(self, stream: trio.abc.Stream, plan: PlanFormat) -> None:
+    async def follow(self, stream: trio.abc.Stream) -> None:
         try:
             with self.scope:
-                await follow(stream, plan, self.programs, executor=self.executor)
+                await follow(stream, PLAN, self.programs, executor=self.executor)
         except* (TritonError, PlanBroken) as group:
             self.error = str(group.exceptions[0])
         finally:
@@ -135,7 +136,6 @@ async def open_hosts(
       gates: by host.
       between: awaited each time before a follower reads.
     """
-    plan = PlanFormat(SPEC, (CHUNK,), LADDER)
     leader, *others = [Host(_Follows if number else _Leads, gates.get(number)) for number in range(followers + 1)]
     ends: dict[str, trio.abc.Stream] = {}
     device = DeviceThread("cpu:0", executor=leader.executor)
@@ -145,8 +145,8 @@ async def open_hosts(
                 for number, host in enumerate(others, 1):
                     ends[f"process {number}"], theirs = trio.testing.memory_stream_pair()
                     theirs.receive_stream.receive_some_hook = between
-                    nursery.start_soon(host.follow, theirs, plan)
-                async with open_leader(plan, ends, device.abandon, patience=patience) as link:
+                    nursery.start_soon(host.follow, theirs)
+                async with open_leader(PLAN, ends, device.abandon, patience=patience) as link:
                     leader.programs.leader = link
                     schedule, controller = SlotSchedule(SPEC, (CHUNK,)), ChunkController(target, LADDER)
                     engine = SlotEngine("generation", "llm", device, leader.programs, schedule, controller)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import random
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import jax
 import numpy as np
@@ -17,21 +21,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_trio import several_hosts
-from triton_trio.backends.jax.generation.follower import connect, follow
+from triton_trio.backends.jax.generation import SlotSpec
+from triton_trio.backends.jax.generation import fingerprint as fingerprints
+from triton_trio.backends.jax.generation.fingerprint import fingerprint
+from triton_trio.backends.jax.generation.follower import connect, follow, load_with_leader
 from triton_trio.backends.jax.generation.hosts import Hosts
-from triton_trio.backends.jax.generation.leader import LAG, greet_followers
+from triton_trio.backends.jax.generation.leader import LAG, greet_followers, load_with_followers, read_word
 from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
 from triton_trio.backends.jax.generation.schedule import Generation, Program, Settings, SlotSchedule
 from triton_trio.errors import Unavailable
 from triton_trio.testing.device import DeviceGate
 
 from ..world import until
-from .hosts import LADDER, Text, alone, inputs, open_hosts
+from .hosts import LADDER, PLAN, Text, alone, inputs, open_hosts
 from .served import write_language_model
 from .test_schedule import Somebody, emitted
-from .tiny import CHUNK, SPEC, prompt
-
-PLAN = PlanFormat(SPEC, (CHUNK,), LADDER)
+from .test_weights import write_directory
+from .tiny import CHUNK, CONFIG, SPEC, prompt
 
 # Records: decided once, replayed anywhere
 
@@ -118,12 +124,42 @@ def test_what_is_not_the_next_record_is_refused(data: bytes, says: str) -> None:
         list(PlanReader(PLAN).feed(data))
 
 
-def test_a_follower_of_another_plan_is_refused() -> None:
-    assert PLAN.greeted(PLAN.hello(3)) == 3
-    with pytest.raises(PlanBroken, match="process 1 has another model, other options or another version of JAX"):
-        PLAN.greeted(PlanFormat(SPEC, (CHUNK,), (1, 4)).hello(1))
-    assert PLAN.greeted(b"GET / HTTP/1.1\r\n") is None
-    assert PLAN.greeted(b"GET / HTTP/1.1".ljust(PlanFormat.HELLO_BYTES)) is None
+# Before the load: who is there, and whether all have the same
+
+
+def another_plan(
+    spec: SlotSpec = SPEC, ladder: tuple[int, ...] = LADDER, dtype: str = "float32", weights: str = "ours"
+) -> PlanFormat:
+    return PlanFormat(spec, (CHUNK,), ladder, dtype=dtype, weights=weights)
+
+
+MODEL, OPTIONS = "another model (its numbers, or what is in its files)", "other options (slots, context, "
+OTHERS = [
+    (another_plan(weights="others"), MODEL),
+    (another_plan(replace(SPEC, config=replace(CONFIG, layers=1))), MODEL),
+    (another_plan(replace(SPEC, end_tokens=(7,))), MODEL),
+    (another_plan(replace(SPEC, slots=3)), OPTIONS),
+    (another_plan(ladder=(1, 4)), OPTIONS),
+    (another_plan(dtype="int8"), OPTIONS),
+]
+
+
+@pytest.mark.parametrize(("other", "what"), OTHERS)
+def test_a_process_of_another_plan_is_refused_by_name(other: PlanFormat, what: str) -> None:
+    assert PLAN.difference(other.hello(1)).startswith(f"process 1 has {what}")
+
+
+def test_a_process_of_another_version_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "__version__", "0.1")
+    other = "process 1 has another version of JAX or of triton_trio than this one; "
+    assert PLAN.difference(another_plan().hello(1)).startswith(other)
+
+
+def test_a_process_of_the_same_plan_is_none_of_those() -> None:
+    assert PLAN.difference(another_plan().hello(3)) == ""
+    assert PLAN.speaker(PLAN.hello(3)) == 3
+    assert PLAN.speaker(b"GET / HTTP/1.1\r\n") is None
+    assert PLAN.speaker(b"GET / HTTP/1.1".ljust(PlanFormat.HELLO_BYTES)) is None
 
 
 class Door(trio.abc.Listener[trio.abc.Stream]):
@@ -131,12 +167,14 @@ class Door(trio.abc.Listener[trio.abc.Stream]):
 
     def __init__(self, *words: bytes) -> None:
         self.words = list(words)
+        self.ends: list[trio.abc.Stream] = []
 
     async def accept(self) -> trio.abc.Stream:
         if not self.words:
             await trio.sleep_forever()
         ours, theirs = trio.testing.memory_stream_pair()
         await theirs.send_all(self.words.pop(0))
+        self.ends.append(theirs)
         return ours
 
     async def aclose(self) -> None: ...
@@ -146,20 +184,201 @@ async def test_the_leader_waits_for_each_process_and_lets_nobody_else_in(
     autojump_clock: trio.testing.MockClock, caplog: pytest.LogCaptureFixture
 ) -> None:
     strangers = [b"GET / HTTP/1.1", PLAN.hello(7), b""]
-    found = await greet_followers(
-        [Door(*strangers, PLAN.hello(2), PLAN.hello(2), PLAN.hello(1))], PLAN, [1, 2], within=60
-    )
+    door = Door(*strangers, PLAN.hello(2), PLAN.hello(2), PLAN.hello(1))
+    found = await greet_followers([door], PLAN, [1, 2], within=60)
     assert sorted(found) == ["process 1", "process 2"]
     assert len(caplog.records) == 4
+    # It says who it is to those whom it lets in.
+    answers = [await read_word(end, PLAN.HELLO_BYTES) for end in door.ends]
+    assert answers == [b"", b"", b"", PLAN.hello(0), b"", PLAN.hello(0)]
     with pytest.raises(Unavailable, match="no word from process 2, 3 within 60 s"):
         await greet_followers([Door(PLAN.hello(1))], PLAN, [1, 2, 3], within=60)
-    with pytest.raises(PlanBroken, match="process 1 has another model"):
-        await greet_followers([Door(PlanFormat(SPEC, (CHUNK,), (1,)).hello(1))], PLAN, [1], within=60)
 
 
 async def test_a_process_may_come_to_any_address_of_the_leader(autojump_clock: trio.testing.MockClock) -> None:
     found = await greet_followers([Door(), Door(PLAN.hello(2)), Door(PLAN.hello(1))], PLAN, [1, 2], within=60)
     assert sorted(found) == ["process 1", "process 2"]
+
+
+class Meeting:
+    """Leader and followers, and a byte stream in between."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](math.inf)
+        self.accept = self._receive.receive
+        monkeypatch.setattr(trio, "open_tcp_stream", self.dial)
+
+    async def dial(self, host: str, port: int) -> trio.abc.Stream:
+        ours, theirs = trio.testing.memory_stream_pair()
+        self._send.send_nowait(theirs)
+        await trio.lowlevel.checkpoint()
+        return ours
+
+    async def greet(self, processes: Sequence[int] = (1,)) -> dict[str, trio.abc.Stream]:
+        doors: Any = [self, self]
+        return await greet_followers(doors, PLAN, processes, within=60)
+
+
+async def test_who_is_refused_knows_why(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    meeting, (other, what) = Meeting(monkeypatch), OTHERS[0]
+    said: list[str] = []
+
+    async def follow() -> None:
+        with pytest.raises(PlanBroken) as caught:
+            await connect("here", 1, other, 1, within=60)
+        said.append(str(caught.value))
+
+    async with trio.open_nursery() as followers:
+        followers.start_soon(follow)
+        with pytest.raises(PlanBroken, match=re.escape(f"process 1 has {what} than this one; start all")):
+            await meeting.greet()
+        # The leader's end would have ended the follower's process: it waits, but not for long.
+        assert said == [f"process 0 has {what} than this one; start all processes with the same"]
+        assert trio.current_time() < 1
+
+
+async def test_who_is_not_known_does_not_try_again(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    meeting = Meeting(monkeypatch)
+    async with trio.open_nursery() as leader:
+        leader.start_soon(meeting.greet)
+        with pytest.raises(Unavailable, match="what listens at here:1 does not know process 2; the leader's log says"):
+            await connect("here", 1, PLAN, 2, within=60)
+        leader.cancel_scope.cancel()
+
+
+async def test_law_4_who_leaves_in_the_greeting_leaves_no_connection(
+    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
+) -> None:
+    """The leader's buffer is full, or it has broken the connection once: neither is left open."""
+    opened: list[trio.testing.MemorySendStream] = []
+
+    async def send() -> None:
+        if len(opened) == 1:
+            raise trio.BrokenResourceError
+        await trio.sleep_forever()
+
+    async def dial(host: str, port: int) -> trio.testing.MemorySendStream:
+        await trio.lowlevel.checkpoint()
+        opened.append(stream := trio.testing.MemorySendStream(send_all_hook=send))
+        return stream
+
+    monkeypatch.setattr(trio, "open_tcp_stream", dial)
+    with pytest.raises(Unavailable, match="no leader at here:1 within 2 s"):
+        await connect("here", 1, PLAN, 1, within=2)
+    assert len(opened) == 2
+    for stream in opened:
+        with pytest.raises(trio.ClosedResourceError):
+            await stream.send_all(b"x")
+
+
+# The load: each by itself, and nobody without the others
+
+
+class Load:
+    """What a host loads; ends when it is let."""
+
+    def __init__(self) -> None:
+        self.began, self.ends = trio.Event(), trio.Event()
+        self.left = False
+
+    async def __call__(self) -> str:
+        self.began.set()
+        try:
+            await self.ends.wait()
+        except trio.Cancelled:
+            self.left = True
+            raise
+        return "programs"
+
+
+async def test_the_leader_waits_until_all_have_loaded(autojump_clock: trio.testing.MockClock) -> None:
+    pairs = {f"process {number}": trio.testing.memory_stream_pair() for number in (1, 2)}
+    ours, theirs = ({name: pair[end] for name, pair in pairs.items()} for end in (0, 1))
+    loads = {name: Load() for name in ["leader", *pairs]}
+    loaded: list[str] = []
+
+    async def lead() -> None:
+        assert await load_with_followers(ours, loads["leader"], within=60) == "programs"
+        loaded.append("all")
+
+    async def follow(name: str) -> None:
+        assert await load_with_leader(theirs[name], loads[name]) == "programs"
+        loaded.append(name)
+
+    async with trio.open_nursery() as nursery:
+        nursery.start_soon(lead)
+        for name in pairs:
+            nursery.start_soon(follow, name)
+        for name in ("process 2", "leader"):
+            loads[name].ends.set()
+            await trio.testing.wait_all_tasks_blocked()
+        assert loaded == ["process 2"]
+        loads["process 1"].ends.set()
+    assert loaded == ["process 2", "process 1", "all"]
+
+
+async def test_who_is_lost_in_the_load_ends_it_for_all(autojump_clock: trio.testing.MockClock) -> None:
+    for lost in ("leader", "follower"):
+        ours, theirs = trio.testing.memory_stream_pair()
+        loads = Load(), Load()
+
+        async def lead(ours: trio.abc.Stream = ours, load: Load = loads[0]) -> None:
+            async with ours:
+                await load_with_followers({"process 1": ours}, load, within=60)
+
+        async def follow(theirs: trio.abc.Stream = theirs, load: Load = loads[1]) -> None:
+            async with theirs:
+                await load_with_leader(theirs, load)
+
+        goes, stays = (lead, follow) if lost == "leader" else (follow, lead)
+        words = "the connection to the leader is lost" if lost == "leader" else "to process 1 was lost while it loaded"
+        async with trio.open_nursery() as other:
+            other.start_soon(goes)
+            with pytest.raises(Unavailable, match=words):
+                async with trio.open_nursery() as nursery:
+                    nursery.start_soon(stays)
+                    for load in loads:
+                        await load.began.wait()
+                    other.cancel_scope.cancel()
+        assert [load.left for load in loads] == [True, True]
+
+
+async def test_law_12_nobody_loads_for_ever(autojump_clock: trio.testing.MockClock) -> None:
+    ours, _theirs = trio.testing.memory_stream_pair()
+    load = Load()
+    load.ends.set()
+    with pytest.raises(Unavailable, match="process 1 had not loaded 60 s after the leader"):
+        await load_with_followers({"process 1": ours}, load, within=60)
+
+
+# What is in the files
+
+
+def test_a_fingerprint_is_of_what_is_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, copy = write_directory(tmp_path / "one"), write_directory(tmp_path / "copy")
+    assert fingerprint(one) == fingerprint(copy)
+    seen = {fingerprint(one), fingerprint(one / "model-0.safetensors"), fingerprint(one / "model-1.safetensors")}
+    file = copy / "model-1.safetensors"
+    whole = file.read_bytes()
+    for at in range(0, len(whole), len(whole) // 7):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        seen.add(fingerprint(copy))
+    file.write_bytes(whole[:-1])
+    seen.add(fingerprint(copy))
+    assert len(seen) == 3 + 8 + 1
+    # Of a large file there are the head, and samples of all parts.
+    for name, value in (("HEAD", 64), ("SAMPLE", 4), ("SAMPLES", 100)):
+        monkeypatch.setattr(fingerprints, name, value)
+    file.write_bytes(whole)
+    assert fingerprint(copy) == fingerprint(one)
+    stride = len(whole) // 100
+    for at, length, shows in ((50, 1, True), (len(whole) // 2, stride, True), (stride * 50 + 4, 1, False)):
+        file.write_bytes(whole[:at] + bytes(~byte & 255 for byte in whole[at : at + length]) + whole[at + length :])
+        assert (fingerprint(copy) != fingerprint(one)) is shows
 
 
 # The command: nobody waits for a process that cannot be, nor for one that is gone
@@ -393,28 +612,3 @@ async def test_a_follower_leaves_what_is_no_plan() -> None:
         await ours.send_all(b"GET / HTTP/1.1\r\n")
         with pytest.RaisesGroup(PlanBroken):
             await follow(theirs, PLAN, hosts.followers[0].programs)
-
-
-async def test_law_4_who_leaves_in_the_greeting_leaves_no_connection(
-    monkeypatch: pytest.MonkeyPatch, autojump_clock: trio.testing.MockClock
-) -> None:
-    """The leader's buffer is full, or it has broken the connection once: neither is left open."""
-    opened: list[trio.testing.MemorySendStream] = []
-
-    async def send() -> None:
-        if len(opened) == 1:
-            raise trio.BrokenResourceError
-        await trio.sleep_forever()
-
-    async def dial(host: str, port: int) -> trio.testing.MemorySendStream:
-        await trio.lowlevel.checkpoint()
-        opened.append(stream := trio.testing.MemorySendStream(send_all_hook=send))
-        return stream
-
-    monkeypatch.setattr(trio, "open_tcp_stream", dial)
-    with pytest.raises(Unavailable, match="no leader at here:1 within 2 s"):
-        await connect("here", 1, PLAN, 1, within=2)
-    assert len(opened) == 2
-    for stream in opened:
-        with pytest.raises(trio.ClosedResourceError):
-            await stream.send_all(b"x")

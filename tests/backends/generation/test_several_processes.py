@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,8 @@ import pytest
 import tritonclient.grpc as tritonclient
 
 from .served import CHUNK, SLOTS, alone, drawn, write_language_model
+from .test_weights import MODEL, write_directory
+from .tiny import random_tensors
 
 TOKENS = 30
 #: A process 1 that has joined the others, and does nothing more.
@@ -189,13 +192,32 @@ def test_no_process_waits_for_another_while_it_loads() -> None:
         assert loads.wait_for("up (.*)").startswith("[[0.04724")
 
 
+def other_options(root: Path) -> None:
+    write_language_model(root, tensor_parallel=2, dtype="int8")
+
+
+def other_weights(root: Path) -> None:
+    write_language_model(root, tensor_parallel=2)
+    write_directory(root / "llm" / "1", random_tensors(MODEL, seed=1))
+
+
+def fewer_layers(root: Path) -> None:
+    write_language_model(root, tensor_parallel=2)
+    shallow = replace(MODEL, layers=1)
+    write_directory(root / "llm" / "1", random_tensors(shallow), num_hidden_layers=1)
+
+
 @pytest.mark.network
-def test_a_follower_with_another_model_is_refused_by_name_and_all_end(tmp_path: Path) -> None:
+@pytest.mark.parametrize("write", [other_options, other_weights, fewer_layers])
+def test_a_follower_with_another_model_is_refused_by_name_and_all_end(
+    tmp_path: Path, write: Callable[[Path], None]
+) -> None:
     roots = tmp_path / "one", tmp_path / "other"
-    for slots, root in enumerate(roots, 1):
-        write_language_model(root, tensor_parallel=2, slots=slots)
+    write_language_model(roots[0], tensor_parallel=2)
+    write(roots[1])
     coordinator = f"127.0.0.1:{free_port()}"
     with killed_at_the_end(*(process_of(*which, coordinator) for which in enumerate(roots))) as (leader, follower):
-        assert leader.ended() == 1
-        assert follower.ended() != 0
-    assert "process 1 has another model, other options" in leader.log
+        assert (leader.ended(), follower.ended()) == (1, 1), leader.log + follower.log
+    what = "other options (" if write is other_options else "another model ("
+    assert f"failed to load 'llm': process 1 has {what}" in leader.log
+    assert f"triton_trio: process 0 has {what}" in follower.log

@@ -15,7 +15,7 @@
     request.py text.py     what a request may ask for; stop strings
     engine.py instance.py  a device's task, and a slot as an instance of the server
     model.py options.py    loading
-    plan.py                several hosts: what one decides, written down for the others
+    plan.py fingerprint.py several hosts: what one decides, written down for the others; whether all have the same files
     leader.py follower.py hosts.py  who sends it, who replays it, where they meet
 
 The network and its programs are pure functions, schedule and plan decide synchronously; only engine, model and hosts wait.

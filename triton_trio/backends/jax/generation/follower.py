@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import threading
 import traceback
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack, suppress
 from queue import SimpleQueue
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import trio
 
 from ....errors import InternalError, Unavailable
+from ....groups import WithoutGroups
 from ..device import LOGGER, Executor, Turn
 from .engine import SlotPrograms
-from .leader import ENDED
-from .plan import Kind, PlanFormat, PlanReader, PlanRecord
+from .leader import ENDED, READY, read_word
+from .plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
 from .schedule import Program
 from .slots import Emitted
 
@@ -27,6 +29,9 @@ from .slots import Emitted
 RELEASE = 5.0
 #: Seconds between two attempts to connect.
 _AGAIN = 0.2
+_GONE = trio.BrokenResourceError, trio.ClosedResourceError
+_LOST = "the connection to the leader is lost; start all processes again"
+T = TypeVar("T")
 
 
 class Replayed(Turn):
@@ -124,13 +129,13 @@ class Replayer:
 
 
 async def connect(host: str, port: int, plan: PlanFormat, process: int, *, within: float) -> trio.SocketStream:
-    """Tell the leader that this process's programs are ready.
+    """Tell the leader what this process has, and hear that the leader has the same.
 
     Args:
       within: seconds to wait for a leader that does not listen yet.
 
     Raises:
-      Unavailable: there is none.
+      Unavailable: there is none, or it does not know this process; as PlanBroken, it has another plan.
 
     **Cancellation:** at any wait; nothing is left behind.
     """
@@ -140,11 +145,43 @@ async def connect(host: str, port: int, plan: PlanFormat, process: int, *, withi
                 async with AsyncExitStack() as stack:
                     stream = await stack.enter_async_context(await trio.open_tcp_stream(host, port))
                     await stream.send_all(plan.hello(process))
+                    answer = await read_word(stream, plan.HELLO_BYTES)
+                    if plan.speaker(answer) != 0:
+                        raise Unavailable(
+                            f"what listens at {host}:{port} does not know process {process}; the leader's log says why"
+                        )
+                    if why := plan.difference(answer):
+                        raise PlanBroken(why)
                     stack.pop_all()
                     return stream
             except (OSError, trio.BrokenResourceError):
                 await trio.sleep(_AGAIN)
     raise Unavailable(f"no leader at {host}:{port} within {within:g} s")
+
+
+async def load_with_leader(stream: trio.abc.Stream, load: Callable[[], Awaitable[T]]) -> T:
+    """Load what is this host's, for as long as the leader is there, and tell it when that is done.
+
+    Raises:
+      Unavailable: the leader is lost.
+
+    **Cancellation:** where ``load`` is.
+    """
+
+    async def watch() -> None:
+        # It has nothing to say before all are ready.
+        await read_word(stream, 1)
+        raise Unavailable(_LOST)
+
+    with WithoutGroups(nurseries=1):
+        async with trio.open_nursery() as nursery:
+            # Owner: this nursery; ended here, or the leader is lost.
+            nursery.start_soon(watch, name="leader, while this process loads")
+            loaded = await load()
+            nursery.cancel_scope.cancel(reason="loaded")
+    with suppress(*_GONE):  # who reads its records hears of it, too
+        await stream.send_all(READY)
+    return loaded
 
 
 async def follow(
@@ -159,7 +196,6 @@ async def follow(
     **Cancellation:** anywhere; what is on the device has ended then, or cannot end (:data:`RELEASE`).
     """
     reader, replayer = PlanReader(plan), Replayer(executor or Executor())
-    gone = trio.BrokenResourceError, trio.ClosedResourceError
 
     async def answer() -> None:
         said = 0
@@ -170,7 +206,7 @@ async def follow(
             if replayer.failure:
                 raise InternalError(f"a program failed here: {replayer.failure}; start all processes again")
             said = replayer.ended
-            with suppress(*gone):  # who reads hears of it, too
+            with suppress(*_GONE):  # who reads hears of it, too
                 await stream.send_all(ENDED.pack(said))
 
     try:
@@ -179,10 +215,10 @@ async def follow(
             nursery.start_soon(answer, name="what has ended")
             while not reader.ended:
                 data: bytes | bytearray = b""
-                with suppress(*gone):
+                with suppress(*_GONE):
                     data = await stream.receive_some()
                 if not data:
-                    raise Unavailable("the connection to the leader is lost; start all processes again")
+                    raise Unavailable(_LOST)
                 for record in reader.feed(data):
                     if record.kind is not Kind.END:
                         replayer.put(Replayed(programs, record))

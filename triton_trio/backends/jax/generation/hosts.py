@@ -5,19 +5,20 @@ Each host runs one process of :mod:`triton_trio.several_hosts`.  Process 0 is th
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import trio
 
 from ....errors import InvalidArgument
-from .engine import SlotPrograms
-from .leader import LeadingPrograms, greet_followers, open_leader
-from .plan import PlanFormat
+from ..device import DeviceThread
+from .leader import Leader, LeadingPrograms, greet_followers, load_with_followers, open_leader
+from .loading import Loader
 
-#: Seconds to wait for the others: they read the same files and compile the same programs.
+#: Seconds to wait for the others, before the load and behind it: they read the same files and compile the same programs.
 MEETING = 600.0
 
 
@@ -65,33 +66,33 @@ def join(hosts: Hosts) -> None:
     _joined = hosts
 
 
-def plan_of(programs: SlotPrograms) -> PlanFormat:
-    return PlanFormat(programs.spec, programs.prefill, programs.decode)
-
-
 @asynccontextmanager
-async def lead(programs: SlotPrograms, on_lost: Callable[[str], None]) -> AsyncIterator[None]:
-    """If these programs are over several hosts, wait for the others, and lead for as long as the block lasts.
+async def lead(loader: Loader, thread: DeviceThread) -> AsyncIterator[LeadingPrograms]:
+    """Load a model over several hosts while the others do, and lead them for as long as the block lasts.
 
     Raises:
-      Unavailable: not all have come; as PlanBroken, one of them has another model.
+      InvalidArgument: as :meth:`Loader.load`.
+      Unavailable: not all have come, or one is lost; as PlanBroken, one of them has another model: nothing is loaded then.
 
-    **Cancellation:** while it waits; then see :meth:`Leader.run`.
+    **Cancellation:** where the load is, and while it waits for the others; then see :meth:`Leader.run`.
     """
-    if not isinstance(programs, LeadingPrograms):
-        yield
-        return
     assert _joined is not None, "devices of several processes without hosts.join()"
-    plan = plan_of(programs)
-    listeners = await trio.open_tcp_listeners(_joined.port, host=_joined.host)
-    try:
-        followers = await greet_followers(listeners, plan, range(1, _joined.processes), within=MEETING)
-    finally:
-        for listener in listeners:
-            listener.socket.close()
     _joined.parted = False
-    try:
-        async with open_leader(plan, followers, on_lost) as programs.leader:
-            yield
-    finally:
-        _joined.parted = programs.leader.parted
+    plan = await trio.to_thread.run_sync(loader.plan)
+    async with AsyncExitStack() as stack:
+        listeners = await trio.open_tcp_listeners(_joined.port, host=_joined.host)
+        try:
+            followers = await greet_followers(listeners, plan, range(1, _joined.processes), within=MEETING)
+        finally:
+            for listener in listeners:
+                listener.socket.close()
+        for stream in followers.values():
+            stack.push_async_callback(trio.aclose_forcefully, stream)
+        programs = await load_with_followers(followers, partial(loader.load, LeadingPrograms), within=MEETING)
+        leader: Leader | None = None
+        try:
+            async with open_leader(plan, followers, thread.abandon) as leader:
+                programs.leader = leader
+                yield programs
+        finally:
+            _joined.parted = leader is not None and leader.parted

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import struct
 import threading
-from collections.abc import AsyncIterator, Callable, Collection, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from typing import TypeVar
 
 import trio
 
@@ -19,7 +20,7 @@ from ....errors import Unavailable
 from ....groups import WithoutGroups
 from ..device import LOGGER, WINDOW
 from .engine import SlotPrograms
-from .plan import Kind, PlanFormat, PlanRecord
+from .plan import Kind, PlanBroken, PlanFormat, PlanRecord
 from .schedule import Program
 from .slots import Emitted
 
@@ -31,6 +32,9 @@ _FAREWELL = 1.0
 _FIRST_WORD = 5.0
 #: What a follower says: a record's number.  Its program, and all before it, have ended there.
 ENDED = struct.Struct("<Q")
+#: What it says before all others: there is nothing left to load.
+READY = ENDED.pack(0)
+T = TypeVar("T")
 
 
 class Leader:
@@ -176,29 +180,35 @@ async def greet_followers(
     *,
     within: float,
 ) -> dict[str, trio.abc.Stream]:
-    """Wait until each of these processes has connected and said that its programs are ready.
+    """Wait until each of these processes has connected and said what it has, which is what this one has.
 
     Args:
       listeners: wherever they may come: one for each address of this host's name.
       within: seconds for all of them.
 
     Raises:
-      Unavailable: not all have come; as PlanBroken, one of them has another plan.
+      Unavailable: not all have come; as PlanBroken, one of them has another plan, and has been told so.
 
     **Cancellation:** at any wait; connections are closed, and the listeners stay open.
     """
     followers: dict[int, trio.abc.Stream] = {}
+    known: set[int] = set()
     async with AsyncExitStack() as stack:
 
         async def greet(listener: trio.abc.Listener[trio.SocketStream]) -> None:
             while len(followers) < len(processes):
                 stream = await stack.enter_async_context(await listener.accept())
-                process = plan.greeted(await _first_word(stream, plan.HELLO_BYTES))
-                if process is not None and process in processes and process not in followers:
-                    followers[process] = stream
-                else:
+                word = b""
+                with trio.move_on_after(_FIRST_WORD):
+                    word = await read_word(stream, plan.HELLO_BYTES)
+                process = plan.speaker(word)
+                if process is None or process not in processes or process in known:
                     LOGGER.warning("somebody connected to the leader who is not one of processes %s", [*processes])
                     await trio.aclose_forcefully(stream)
+                    continue
+                known.add(process)
+                await _answer(stream, plan, word)
+                followers[process] = stream
             nursery.cancel_scope.cancel(reason="all have come")
 
         with trio.move_on_after(within), WithoutGroups(nurseries=1):
@@ -213,13 +223,56 @@ async def greet_followers(
     return {f"process {process}": stream for process, stream in followers.items()}
 
 
-async def _first_word(stream: trio.abc.Stream, size: int) -> bytes:
-    """What comes first; less if no more does."""
+async def _answer(stream: trio.abc.Stream, plan: PlanFormat, hello: bytes) -> None:
+    with suppress(trio.BrokenResourceError):  # who waits for it to load hears of that
+        await stream.send_all(plan.hello(0))
+    if why := plan.difference(hello):
+        # It says the same and ends.  If this process ended first, JAX would end that one, in its own words.
+        with trio.move_on_after(_FAREWELL):
+            await read_word(stream, 1)
+        raise PlanBroken(why)
+
+
+async def read_word(stream: trio.abc.Stream, size: int) -> bytes:
+    """What comes; less if no more does."""
     word = b""
-    with suppress(trio.BrokenResourceError), trio.move_on_after(_FIRST_WORD):
+    with suppress(trio.BrokenResourceError):
         while len(word) < size and (data := await stream.receive_some(size - len(word))):
             word += data
     return word
+
+
+async def load_with_followers(
+    followers: Mapping[str, trio.abc.Stream], load: Callable[[], Awaitable[T]], *, within: float
+) -> T:
+    """Load what is this host's while the followers do the same, and wait until all of them are ready.
+
+    Args:
+      followers: by name; greeted, with nothing else said yet.
+      within: seconds that they may take longer than this host.
+
+    Raises:
+      Unavailable: one is lost, or takes too long.
+
+    **Cancellation:** where ``load`` is, and at any wait for the others.
+    """
+    loading = {*followers}
+
+    async def hear(name: str, stream: trio.abc.Stream) -> None:
+        if await read_word(stream, len(READY)) != READY:
+            raise Unavailable(f"the connection to {name} was lost while it loaded")
+        loading.discard(name)
+
+    with trio.CancelScope() as scope, WithoutGroups(nurseries=1):
+        async with trio.open_nursery() as nursery:
+            for name, stream in followers.items():
+                # Owner: this nursery; ends when the follower is ready, or lost.
+                nursery.start_soon(hear, name, stream, name=f"{name} loads")
+            loaded = await load()
+            scope.deadline = trio.current_time() + within
+    if loading:
+        raise Unavailable(f"{', '.join(sorted(loading))} had not loaded {within:g} s after the leader")
+    return loaded
 
 
 @asynccontextmanager
@@ -233,7 +286,7 @@ async def open_leader(
     """Lead for as long as the block lasts; what is on the device has ended before it is left.
 
     Args:
-      followers: by name; greeted, with nothing else said yet.  Closed when the block is left.
+      followers: by name; all have loaded.  Closed when the block is left.
       on_lost: told why, once, when there is no way to go on.
       patience: seconds.
 

@@ -19,7 +19,9 @@ from ..devices import device_name
 from ..job import open_trial
 from ..memory import MIB, failure_text
 from .engine import SlotPrograms
+from .fingerprint import fingerprint
 from .placement import Placement
+from .plan import PlanFormat
 from .programs import Compiled, LlamaPrograms, ProgramMemory, slot_spec
 from .schedule import Program
 from .slots import PromptChunk
@@ -71,9 +73,20 @@ class Loader:
             end_tokens=checkpoint.end_tokens,
             dtype=options.activations(),
         )
+        self._prefill = sorted({min(length, self._spec.context) for length in options.prefill})
         self._params_bytes = self._state_bytes = self._temporary = 0
         self._compiles = self._cached = 0
         self._warned = False
+
+    def plan(self) -> PlanFormat:
+        """What all hosts of one model have to agree on.  Blocking: it reads some of the files."""
+        return PlanFormat(
+            self._spec,
+            self._prefill,
+            self._options.ladder,
+            dtype=self._options.dtype or str(self._spec.dtype),
+            weights=fingerprint(self._checkpoint.path),
+        )
 
     async def load(self, kind: type[Programs]) -> Programs:
         """Parameters on the devices, and everything compiled.
@@ -89,7 +102,7 @@ class Loader:
         self._check_memory("")
         prefill: dict[int, Compiled] = {}
         decode: dict[int, Compiled] = {}
-        for length in sorted({min(length, self._spec.context) for length in self._options.prefill}):
+        for length in self._prefill:
             prefill[length] = await self._compile(programs.prefill, length, f"a piece of {length} tokens")
         for steps in self._options.ladder:
             decode[steps] = await self._compile(programs.decode, steps, f"a program of {steps} token(s)")

@@ -19,7 +19,6 @@ from ..devices import device_name, find_devices
 from .engine import EngineStatistics, SlotEngine, SlotPrograms
 from .hosts import lead
 from .instance import CUTTERS, TextInstance
-from .leader import LeadingPrograms
 from .loading import Loader, log_load, warm_up
 from .options import TextOptions
 from .request import check
@@ -105,23 +104,17 @@ class LlamaModel(BackendModel):
         **Cancellation:** between two tensors while weights are loaded, between two compilations, and between two programs of
         the first run; nothing is left on the devices.
         """
-        options, name = self._options, self._context.config.name
-        devices = await trio.to_thread.run_sync(find_devices, name, placement, options.devices)
+        name = self._context.config.name
+        devices = await trio.to_thread.run_sync(find_devices, name, placement, self._options.devices)
         device = devices[0]
         loaded = self._loaded.get(device)
         if loaded is not None:
             yield self._instance(loaded, device)
             return
-        several = any(each.process_index != device.process_index for each in devices)
-        with WithoutGroups(nurseries=1), self._use(devices) as thread:
-            kind = LeadingPrograms if several else SlotPrograms
-            programs = await Loader(name, self._checkpoint, options, devices).load(kind)
-            if options.warmup and not several:
-                await warm_up(name, programs, thread, options.target, self._context.release_limit)
-            log_load(name, programs)
+        async with self._open_programs(devices) as (thread, programs):
             loaded = self._loaded[device] = LoadedModel(self._tokenizer, programs)
             try:
-                async with lead(programs, thread.abandon), trio.open_nursery() as nursery:
+                async with trio.open_nursery() as nursery:
                     engine = loaded.engine = self._engine(loaded, thread)
                     # Owner: this nursery; ended here, when the slots' instances have ended.
                     nursery.start_soon(engine.run, name=engine.name)
@@ -131,6 +124,23 @@ class LlamaModel(BackendModel):
                         nursery.cancel_scope.cancel(reason="model unloaded")
             finally:
                 del self._loaded[device]
+
+    @asynccontextmanager
+    async def _open_programs(self, devices: Sequence[jax.Device]) -> AsyncIterator[tuple[DeviceThread, SlotPrograms]]:
+        """Loaded, tried and, over several hosts, led."""
+        options, name = self._options, self._context.config.name
+        loader = Loader(name, self._checkpoint, options, devices)
+        with WithoutGroups(nurseries=1), self._use(devices) as thread:
+            if any(each.process_index != devices[0].process_index for each in devices):
+                async with lead(loader, thread) as leading:
+                    log_load(name, leading)
+                    yield thread, leading
+                return
+            programs = await loader.load(SlotPrograms)
+            if options.warmup:
+                await warm_up(name, programs, thread, options.target, self._context.release_limit)
+            log_load(name, programs)
+            yield thread, programs
 
     def _instance(self, loaded: LoadedModel, device: jax.Device) -> TextInstance:
         assert loaded.engine is not None

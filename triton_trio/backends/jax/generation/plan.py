@@ -19,14 +19,21 @@ from enum import IntEnum
 import jax
 import numpy as np
 
+from ...._version import __version__
 from ....errors import Unavailable
 from .config import SlotSpec
 from .schedule import Program
 from .slots import PromptChunk
 
 _HEAD = struct.Struct("<QBI")  # number, kind, size
-_HELLO = struct.Struct("<8sI32s")  # what this is, who says it, of which plan
-_MAGIC = b"ttplan 1"
+_HELLO = struct.Struct("<8sI32s32s32s")  # what this is, who says it, of which plan
+_MAGIC = b"ttplan 2"
+#: What a plan's digests are of.
+_OTHER = (
+    "another version of JAX or of triton_trio",
+    "another model (its numbers, or what is in its files)",
+    "other options (slots, context, prefill_chunk, ladder or dtype)",
+)
 
 
 class PlanBroken(Unavailable):
@@ -93,14 +100,19 @@ class PlanFormat:
     Args:
       prefill: lengths of the compiled programs.
       decode: steps of them.
+      dtype: of matrices.
+      weights: what is in the model's files: :func:`.fingerprint.fingerprint`.
     """
 
-    def __init__(self, spec: SlotSpec, prefill: Iterable[int], decode: Iterable[int]) -> None:
+    def __init__(
+        self, spec: SlotSpec, prefill: Iterable[int], decode: Iterable[int], *, dtype: str, weights: str
+    ) -> None:
         self.spec = spec
         self._sizes = {Kind.PREFILL: frozenset(prefill), Kind.DECODE: frozenset(decode), Kind.END: frozenset((0,))}
         programs = [sorted(sizes) for sizes in self._sizes.values()]
-        text = repr((spec, programs, jax.process_count(), jax.__version__))
-        self._digest = hashlib.sha256(text.encode()).digest()
+        versions, model = (jax.__version__, __version__), (spec.config, spec.end_tokens, weights)
+        same = versions, model, (spec, programs, dtype, jax.process_count())
+        self._digests = tuple(hashlib.sha256(repr(one).encode()).digest() for one in same)
 
     def layout(self, kind: Kind, size: int) -> tuple[tuple[type, int], ...]:
         """Dtype and length of each of a record's arrays."""
@@ -116,31 +128,27 @@ class PlanFormat:
             raise PlanBroken(f"it asks for a program of kind {kind} and size {size}, which this host does not have")
         return Kind(kind)
 
-    # The first word of a follower
+    # The first word, of a follower and of the leader to it
 
     HELLO_BYTES = _HELLO.size
 
     def hello(self, process: int) -> bytes:
-        """A follower's first word: its programs are ready."""
-        return _HELLO.pack(_MAGIC, process, self._digest)
+        """What a process says first: which it is, and what it has."""
+        return _HELLO.pack(_MAGIC, process, *self._digests)
 
-    def greeted(self, hello: bytes) -> int | None:
-        """Which process says so; None: no follower of this version.
+    def speaker(self, hello: bytes) -> int | None:
+        """Which process says so; None: none of this version."""
+        if len(hello) != _HELLO.size or not hello.startswith(_MAGIC):
+            return None
+        return int(_HELLO.unpack(hello)[1])
 
-        Raises:
-          PlanBroken: it would not do what the leader does.
-        """
-        if len(hello) != _HELLO.size:
-            return None
-        magic, process, digest = _HELLO.unpack(hello)
-        if magic != _MAGIC:
-            return None
-        if digest != self._digest:
-            raise PlanBroken(
-                f"process {process} has another model, other options or another version of JAX than the leader; "
-                "start all processes with the same"
-            )
-        return int(process)
+    def difference(self, hello: bytes) -> str:
+        """Why the speaker would not do what this process does; empty if it would."""
+        _, process, *digests = _HELLO.unpack(hello)
+        for other, ours, theirs in zip(_OTHER, self._digests, digests, strict=True):
+            if ours != theirs:
+                return f"process {process} has {other} than this one; start all processes with the same"
+        return ""
 
 
 class PlanReader:
