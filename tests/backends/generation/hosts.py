@@ -51,11 +51,11 @@ def inputs(program: Program) -> object:
     return program.steps, program.evict.tolist(), program.hold.tolist()
 
 
-class _Leads(Recorded, LeadingPrograms):
+class Leads(Recorded, LeadingPrograms):
     pass
 
 
-class _Follows(Recorded, SlotPrograms):
+class Follows(Recorded, SlotPrograms):
     pass
 
 
@@ -136,7 +136,7 @@ async def open_hosts(
       gates: by host.
       between: awaited each time before a follower reads.
     """
-    leader, *others = [Host(_Follows if number else _Leads, gates.get(number)) for number in range(followers + 1)]
+    leader, *others = [Host(Follows if number else Leads, gates.get(number)) for number in range(followers + 1)]
     ends: dict[str, trio.abc.Stream] = {}
     device = DeviceThread("cpu:0", executor=leader.executor)
     try:

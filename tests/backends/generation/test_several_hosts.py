@@ -6,8 +6,10 @@ import math
 import os
 import random
 import re
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NoReturn
@@ -21,11 +23,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from triton_trio import several_hosts
+from triton_trio.backends.jax.device import DeviceThread, Turn
 from triton_trio.backends.jax.generation import SlotSpec
 from triton_trio.backends.jax.generation import fingerprint as fingerprints
+from triton_trio.backends.jax.generation import hosts as hosts_module
 from triton_trio.backends.jax.generation.fingerprint import fingerprint
 from triton_trio.backends.jax.generation.follower import connect, follow, load_with_leader
-from triton_trio.backends.jax.generation.hosts import Hosts
+from triton_trio.backends.jax.generation.hosts import Hosts, lead, run_for_nobody
 from triton_trio.backends.jax.generation.leader import LAG, greet_followers, load_with_followers, read_word
 from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
 from triton_trio.backends.jax.generation.schedule import Generation, Program, Settings, SlotSchedule
@@ -33,7 +37,7 @@ from triton_trio.errors import Unavailable
 from triton_trio.testing.device import DeviceGate
 
 from ..world import until
-from .hosts import LADDER, PLAN, Text, alone, inputs, open_hosts
+from .hosts import LADDER, PLAN, Follows, Host, Leads, Text, alone, inputs, open_hosts
 from .served import write_language_model
 from .test_schedule import Somebody, emitted
 from .test_weights import write_directory
@@ -206,7 +210,13 @@ class Meeting:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._send, self._receive = trio.open_memory_channel[trio.abc.Stream](math.inf)
         self.accept = self._receive.receive
+        self.socket = self._receive  # that of a listener
         monkeypatch.setattr(trio, "open_tcp_stream", self.dial)
+        monkeypatch.setattr(trio, "open_tcp_listeners", self.listen)
+
+    async def listen(self, port: int, *, host: str) -> list[Meeting]:
+        await trio.lowlevel.checkpoint()
+        return [self]
 
     async def dial(self, host: str, port: int) -> trio.abc.Stream:
         ours, theirs = trio.testing.memory_stream_pair()
@@ -353,6 +363,84 @@ async def test_law_12_nobody_loads_for_ever(autojump_clock: trio.testing.MockClo
     load.ends.set()
     with pytest.raises(Unavailable, match="process 1 had not loaded 60 s after the leader"):
         await load_with_followers({"process 1": ours}, load, within=60)
+
+
+class Alone(DeviceGate):
+    """A device that never meets those of the others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._over = threading.Event()
+
+    def wait(self, turn: Turn) -> None:
+        self._over.wait()
+        super().wait(turn)
+
+    def open(self) -> None:
+        self._over.set()
+        super().open()
+
+
+async def test_the_devices_of_all_hosts_meet_before_the_first_text() -> None:
+    async with open_hosts(2) as hosts:
+        await run_for_nobody(hosts.leader.programs, hosts.device)
+        await until(lambda: all(host.dispatched for host in hosts.followers))
+        for host in (hosts.leader, *hosts.followers):
+            assert host.dispatched == [(1, [0] * SPEC.slots, [False] * SPEC.slots)]
+        text = Text()
+        await hosts.write(0, text)
+        assert text.ids == alone(0)
+
+
+async def test_a_device_that_does_not_meet_the_others_is_no_model() -> None:
+    fails = DeviceGate()
+    fails.open()
+    fails.fail(1, "no way to process 0")
+    async with open_hosts(1, gates={0: Alone(), 1: fails}) as hosts:
+        with pytest.raises(Unavailable, match="the connection to process 1 is lost"):
+            await run_for_nobody(hosts.leader.programs, hosts.device)
+
+
+class Loads:
+    """In the place of a loader: what is loaded, and compiled, once for all tests."""
+
+    def __init__(self, host: Host) -> None:
+        self.host = host
+
+    def plan(self) -> PlanFormat:
+        return PLAN
+
+    async def load(self, kind: object) -> Any:
+        await trio.lowlevel.checkpoint()
+        return self.host.programs
+
+
+async def test_a_model_that_is_led_has_run_everywhere_and_ends_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    Meeting(monkeypatch)
+    ours = Hosts.at("here:1", processes=3, process=0)
+    monkeypatch.setattr(hosts_module, "_joined", ours)
+    leader, *followers = Host(Leads, None), Host(Follows, None), Host(Follows, None)
+    device = DeviceThread("cpu:0")
+
+    async def follower(process: int, host: Host) -> None:
+        async with await connect("here", 2, PLAN, process, within=60) as stream:
+            programs = await load_with_leader(stream, partial(Loads(host).load, Follows))
+            await follow(stream, PLAN, programs)
+
+    loader: Any = Loads(leader)
+    try:
+        with trio.fail_after(20):
+            async with trio.open_nursery() as nursery:
+                for process, host in enumerate(followers, 1):
+                    nursery.start_soon(follower, process, host)
+                async with lead(loader, device) as programs:
+                    assert programs is leader.programs
+                    assert len(leader.dispatched) == 1
+                    assert not ours.parted
+                assert ours.parted
+        assert leader.dispatched == followers[0].dispatched == followers[1].dispatched
+    finally:
+        device.close()
 
 
 # What is in the files

@@ -11,12 +11,15 @@ from dataclasses import dataclass
 from functools import partial
 
 import jax
+import numpy as np
 import trio
 
 from ....errors import InvalidArgument
 from ..device import DeviceThread
+from ..job import DeviceJob
 from .leader import Leader, LeadingPrograms, greet_followers, load_with_followers, open_leader
-from .loading import Loader
+from .loading import FirstRun, Loader
+from .schedule import Program
 
 #: Seconds to wait for the others, before the load and behind it: they read the same files and compile the same programs.
 MEETING = 600.0
@@ -93,6 +96,22 @@ async def lead(loader: Loader, thread: DeviceThread) -> AsyncIterator[LeadingPro
         try:
             async with open_leader(plan, followers, thread.abandon) as leader:
                 programs.leader = leader
+                await run_for_nobody(programs, thread)
                 yield programs
         finally:
             _joined.parted = leader is not None and leader.parted
+
+
+async def run_for_nobody(programs: LeadingPrograms, thread: DeviceThread) -> None:
+    """One program on all hosts.  Their devices connect with each other now, and not when the first text comes.
+
+    Raises:
+      Unavailable: a host is lost.
+      InternalError: the program failed here.
+
+    **Cancellation:** when the device is idle, or given up.
+    """
+    slots = programs.spec.slots
+    step = Program((), steps=1, evict=np.zeros(slots, np.int32), hold=np.zeros(slots, np.bool_))
+    async with DeviceJob(thread, "first program over several hosts") as job:
+        await job.call(FirstRun(programs, step))
