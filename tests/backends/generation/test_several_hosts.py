@@ -6,6 +6,7 @@ import math
 import os
 import random
 import re
+import socket
 import threading
 from collections.abc import Sequence
 from dataclasses import replace
@@ -33,7 +34,7 @@ from triton_trio.backends.jax.generation.hosts import Hosts, lead, run_for_nobod
 from triton_trio.backends.jax.generation.leader import LAG, greet_followers, load_with_followers, read_word
 from triton_trio.backends.jax.generation.plan import Kind, PlanBroken, PlanFormat, PlanReader, PlanRecord
 from triton_trio.backends.jax.generation.schedule import Generation, Program, Settings, SlotSchedule
-from triton_trio.errors import Unavailable
+from triton_trio.errors import InvalidArgument, Unavailable
 from triton_trio.testing.device import DeviceGate
 
 from ..world import until
@@ -514,7 +515,7 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
 @pytest.mark.parametrize(
     ("flag", "process", "says"),
     [
-        ("--coordinator=foo", 0, "the coordinator is HOST:PORT of process 0, got 'foo'"),
+        ("--coordinator=foo", 0, "the coordinator is HOST:PORT of process 0, or [ADDRESS]:PORT with IPv6, got 'foo'"),
         ("--processes=1", 1, "1 processes have the numbers 0 to 0, got 1"),
         ("--grpc-prot=1", 0, "unrecognized arguments: --grpc-prot=1"),
         ("--grpc-port=1", 1, "only process 0 takes the server's flags, got --grpc-port=1"),
@@ -527,6 +528,55 @@ def test_a_flag_that_makes_no_sense_is_a_usage_error(
         command.run(flag, process=process)
     assert (caught.value.code, command.joined) == (2, 0)
     assert says in capsys.readouterr().err
+
+
+def test_an_ipv6_address_has_brackets_for_jax_and_none_for_the_plan() -> None:
+    hosts = Hosts.at("[fd00::1]:8476", 2, 0)
+    assert (hosts.coordinator, hosts.host, hosts.port) == ("[fd00::1]:8476", "fd00::1", 8477)
+    assert Hosts.at("node0:8476", 2, 0, port=9).port == 9
+    for wrong in ("fd00::1:8476", "[fd00::1]", "[]:8476", ":8476", "node0:", "node0:http"):
+        with pytest.raises(InvalidArgument, match=r"or \[ADDRESS\]:PORT with IPv6, got"):
+            Hosts.at(wrong, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("coordinator", "addresses", "only_here"),
+    [
+        ("node0:8476", ["127.0.1.1"], "127.0.1.1"),
+        ("node0:8476", ["::1", "127.0.0.1"], "127.0.0.1, ::1"),
+        ("node0:8476", ["127.0.1.1", "10.0.0.1"], ""),
+        ("node0:8476", [], ""),
+        # Whoever writes that means it.
+        ("localhost:8476", ["127.0.0.1"], ""),
+        ("127.0.0.1:8476", ["127.0.0.1"], ""),
+        ("[::1]:8476", ["::1"], ""),
+    ],
+)
+def test_a_name_that_other_hosts_have_another_address_for_is_warned_of(
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    coordinator: str,
+    addresses: list[str],
+    only_here: str,
+) -> None:
+    def find(host: str, port: int, **settings: object) -> list[object]:
+        if not addresses:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (address, port)) for address in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", find)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *where: None)
+    monkeypatch.setattr(hosts_module, "_joined", None)
+    for process in range(2):
+        hosts_module.join(hosts := Hosts.at(coordinator, 2, process))
+        assert hosts.only_here() == only_here
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == bool(only_here)
+    for text in warned:
+        assert text.startswith(
+            f"the coordinator 'node0' is {only_here} on this host, and that is where port 8477 will be"
+        )
 
 
 @pytest.mark.parametrize("process", [0, 1])

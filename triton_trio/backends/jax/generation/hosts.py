@@ -5,17 +5,20 @@ Each host runs one process of :mod:`triton_trio.several_hosts`.  Process 0 is th
 
 from __future__ import annotations
 
+import re
+import socket
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
+from ipaddress import IPv4Address, IPv6Address, ip_address
 
 import jax
 import numpy as np
 import trio
 
 from ....errors import InvalidArgument
-from ..device import DeviceThread
+from ..device import LOGGER, DeviceThread
 from ..job import DeviceJob
 from .leader import Leader, LeadingPrograms, greet_followers, load_with_followers, open_leader
 from .loading import FirstRun, Loader
@@ -42,18 +45,41 @@ class Hosts:
         """Read what the command line says.
 
         Args:
-          coordinator: ``HOST:PORT`` of process 0, for JAX.
+          coordinator: ``HOST:PORT`` of process 0, for JAX; an IPv6 address in brackets.
           port: for the plan, on the same host; by default the one above the coordinator's.
 
         Raises:
           InvalidArgument: the address is none, or there is no such process.
         """
-        host, _, number = coordinator.rpartition(":")
-        if not host or not number.isdecimal():
-            raise InvalidArgument(f"the coordinator is HOST:PORT of process 0, got '{coordinator}'")
+        found = re.fullmatch(r"(?:\[([^][]+)\]|([^][:]+)):([0-9]+)", coordinator)
+        if found is None:
+            raise InvalidArgument(
+                f"the coordinator is HOST:PORT of process 0, or [ADDRESS]:PORT with IPv6, got '{coordinator}'"
+            )
         if not 0 <= process < processes:
             raise InvalidArgument(f"{processes} processes have the numbers 0 to {processes - 1}, got {process}")
-        return cls(coordinator, process, processes, host, int(number) + 1 if port is None else port)
+        host, number = found[1] or found[2], int(found[3])
+        return cls(coordinator, process, processes, host, number + 1 if port is None else port)
+
+    def only_here(self) -> str:
+        """The address that the coordinator's name has on this host, if no other host would find it there; else empty.
+
+        As with Debian, whose /etc/hosts has 127.0.1.1 for the host's own name.  Blocking.
+        """
+        if self.host == "localhost" or _address(self.host) is not None:
+            return ""  # it is meant
+        try:
+            found = {str(info[4][0]) for info in socket.getaddrinfo(self.host, self.port, type=socket.SOCK_STREAM)}
+        except OSError:
+            return ""  # who needs it will say so
+        return ", ".join(sorted(found)) if all(ip_address(one).is_loopback for one in found) else ""
+
+
+def _address(text: str) -> IPv4Address | IPv6Address | None:
+    try:
+        return ip_address(text)
+    except ValueError:
+        return None
 
 
 _joined: Hosts | None = None  # like JAX's own: there is one for each process, and it is made once
@@ -62,6 +88,15 @@ _joined: Hosts | None = None  # like JAX's own: there is one for each process, a
 def join(hosts: Hosts) -> None:
     """Become one of several processes; blocks until all are there.  Before anything else is done with JAX."""
     global _joined
+    if hosts.process == 0 and (address := hosts.only_here()):
+        # No error: with all processes on this host it works.
+        LOGGER.warning(
+            "the coordinator '%s' is %s on this host, and that is where port %d will be opened: other hosts will not find it; "
+            "use an address of this host that they reach, or correct the name in /etc/hosts",
+            hosts.host,
+            address,
+            hosts.port,
+        )
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # type: ignore[no-untyped-call]  # GPUs have their own
     # Else JAX takes SIGTERM for a preemption that the training loop will ask for, and no process ends with it.
     jax.config.update("jax_enable_preemption_service", False)  # type: ignore[no-untyped-call]
