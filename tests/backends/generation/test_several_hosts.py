@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import math
 import os
 import random
@@ -442,6 +443,19 @@ async def test_a_model_that_is_led_has_run_everywhere_and_ends_everywhere(monkey
         assert leader.dispatched == followers[0].dispatched == followers[1].dispatched
     finally:
         device.close()
+
+
+async def test_a_port_that_cannot_be_opened_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def listen(port: int, *, host: str) -> list[trio.SocketListener]:
+        await trio.lowlevel.checkpoint()
+        raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
+
+    monkeypatch.setattr(trio, "open_tcp_listeners", listen)
+    monkeypatch.setattr(hosts_module, "_joined", Hosts.at("here:1", 2, 0))
+    nothing: Any = Loads(Host(Leads, None))
+    with pytest.raises(Unavailable, match="port 2 of 'here' cannot be opened for the other processes: Address already"):
+        async with lead(nothing, nothing):
+            pass
 
 
 # What is in the files

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import trio
 
-from ....errors import InvalidArgument
+from ....errors import InvalidArgument, Unavailable
 from ..device import LOGGER, DeviceThread
 from ..job import DeviceJob
 from .leader import Leader, LeadingPrograms, greet_followers, load_with_followers, open_leader
@@ -110,7 +110,8 @@ async def lead(loader: Loader, thread: DeviceThread) -> AsyncIterator[LeadingPro
 
     Raises:
       InvalidArgument: as :meth:`Loader.load`.
-      Unavailable: not all have come, or one is lost; as PlanBroken, one of them has another model: nothing is loaded then.
+      Unavailable: the port cannot be opened, not all have come, or one is lost; as PlanBroken, one of them has another
+        model, and nothing has been loaded.
 
     **Cancellation:** where the load is, and while it waits for the others; then see :meth:`Leader.run`.
     """
@@ -118,7 +119,13 @@ async def lead(loader: Loader, thread: DeviceThread) -> AsyncIterator[LeadingPro
     _joined.parted = False
     plan = await trio.to_thread.run_sync(loader.plan)
     async with AsyncExitStack() as stack:
-        listeners = await trio.open_tcp_listeners(_joined.port, host=_joined.host)
+        try:
+            listeners = await trio.open_tcp_listeners(_joined.port, host=_joined.host)
+        except OSError as exc:
+            raise Unavailable(
+                f"port {_joined.port} of '{_joined.host}' cannot be opened for the other processes: {exc.strerror}; "
+                "see --coordinator and --plan-port"
+            ) from None
         try:
             followers = await greet_followers(listeners, plan, range(1, _joined.processes), within=MEETING)
         finally:
