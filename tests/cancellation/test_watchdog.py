@@ -13,8 +13,8 @@ from tests.callers import calling
 from triton_trio import Model, Outcome, Unavailable
 from triton_trio.instance import InstanceState
 from triton_trio.testing import ScriptedBackend, scripted_config
-from triton_trio.testing.scripted import ScriptedInstance
 from triton_trio.testing.fixtures import Serve
+from triton_trio.testing.scripted import ScriptedInstance
 
 
 def stuck() -> ScriptedBackend:
