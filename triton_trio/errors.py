@@ -87,4 +87,4 @@ def no_panic(what: str, error: type[TritonError] = InternalError) -> Iterator[No
         # PyO3's PanicException; no module has the class, so there is no other way to know it.
         if type(exc).__module__ != "pyo3_runtime":
             raise
-        raise error(f"{what}: {type(exc).__name__}: {exc}") from None
+        raise error(f"{what}: {type(exc).__name__}: {exc}") from None  # noqa: ASYNC104  # no Cancelled is of that module

@@ -109,6 +109,12 @@ class JaxOptions:
                 f"model '{config.name}': the largest of the parameter buckets must be {largest} "
                 f"({'max_batch_size' if config.max_batch_size else 'the model does not batch'}), got {buckets[-1]}"
             )
+        compact_to = parameter("compact_to", parse_count, "a batch size, 1 or more", min(2, largest))
+        if compact_to > largest:
+            raise InvalidArgument(
+                f"model '{config.name}': parameter compact_to in config.pbtxt must be a batch size, {largest} at most, got "
+                f"'{compact_to}'"
+            )
         wide = any(spec.datatype in _X64 for spec in (*config.inputs, *config.outputs))
         return cls(
             target=parameter("target_chunk_ms", parse_milliseconds, "a positive number of milliseconds", 2e-3),
@@ -116,7 +122,7 @@ class JaxOptions:
             max_steps=max_steps,
             ladder=ladder,
             buckets=buckets,
-            compact_to=parameter("compact_to", parse_count, "a batch size, 1 or more", 2),
+            compact_to=compact_to,
             join=parameter("join", parse_flag, "'true' or 'false'", True) and config.dynamic_batching is not None,
             shapes=parameter("shapes", parse_count, "a number of shapes, 1 or more", 16),
             warmup=parameter("warmup", parse_flag, "'true' or 'false'", True),
