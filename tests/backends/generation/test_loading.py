@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -18,9 +19,10 @@ import trio
 from jax.experimental.compilation_cache import compilation_cache
 
 from triton_trio.backends import ModelContext
-from triton_trio.backends.jax import JaxBackend
+from triton_trio.backends.jax import DeviceThread, JaxBackend
 from triton_trio.backends.jax.generation import loading
 from triton_trio.backends.jax.generation.engine import EngineStatistics, SlotPrograms
+from triton_trio.backends.jax.generation.loading import LoadStatistics
 from triton_trio.backends.jax.generation.programs import LlamaPrograms, ProgramMemory
 from triton_trio.backends.jax.generation.schedule import Program
 from triton_trio.config import load_model_config
@@ -28,7 +30,7 @@ from triton_trio.errors import InvalidArgument
 from triton_trio.testing import Victim, sweep
 
 from ..world import COUNTDOWN, COUNTDOWN_CONFIG, CPU, open_world, write_model
-from .served import alone, asks, drawn, open_served, write_language_model
+from .served import CHUNK, CONTEXT, alone, asks, drawn, machine, open_served, write_language_model
 
 SMALL = {"slots": 1, "context": 32, "prefill_chunk": 8, "warmup": "true"}
 
@@ -99,56 +101,57 @@ async def test_every_program_runs_once_and_how_long_a_cancel_waits_is_published(
 @pytest.mark.parametrize(
     ("ladder", "target", "cancel_ms"),
     [
-        ("1", 200.0, 10.0),  # a program has one token, however much time it might take
-        ("1,2,4", 200.0, 16.0),  # it may have four
-        ("1,2,4", 7.0, 14.0),  # as many as fit
+        ((1,), 200e-3, 10.0),  # a program has one token, however much time it might take
+        ((1, 2, 4), 200e-3, 16.0),  # it may have four
+        ((1, 2, 4), 7e-3, 14.0),  # as many as fit
     ],
 )
 async def test_a_cancel_waits_at_most_for_two_of_the_longest_programs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ladder: str, target: float, cancel_ms: float
+    monkeypatch: pytest.MonkeyPatch, ladder: tuple[int, ...], target: float, cancel_ms: float
 ) -> None:
     async def run_first(*_: object) -> tuple[list[float], list[float]]:
         return [4e-3, 2e-3, 1e-3], [9e-3, 3e-3, 5e-3]
 
     monkeypatch.setattr(loading, "run_first", run_first)
-    write_language_model(tmp_path, **SMALL | {"ladder": ladder, "target_chunk_ms": target})
-    async with loaded(tmp_path, JaxBackend()) as load:
-        assert (load.step_ms, load.prefill_ms) == pytest.approx((1.0, 3.0))
-        assert load.cancel_ms == pytest.approx(cancel_ms)
+    programs: Any = SimpleNamespace(load=LoadStatistics(("cpu:0",), 0, 0, 0, 0, 0), decode=dict.fromkeys(ladder))
+    await loading.warm_up("llm", programs, cast("Any", None), target, 10.0)
+    assert (programs.load.step_ms, programs.load.prefill_ms) == pytest.approx((1.0, 3.0))
+    assert programs.load.cancel_ms == pytest.approx(cancel_ms)
 
 
-async def test_programs_are_measured_where_the_context_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_programs_are_measured_where_the_context_ends() -> None:
     """They take longer there than at its beginning."""
     ran: list[Program] = []
-    run = SlotPrograms.run
 
-    def watched(self: SlotPrograms, program: Program) -> Any:
-        ran.append(program)
-        emitted = run(self, program)
-        if program.steps:
-            assert np.asarray(emitted.owner).all()
-        return emitted
+    class Watched(SlotPrograms):
+        def run(self, program: Program) -> Any:
+            ran.append(program)
+            emitted = super().run(program)
+            if program.steps:
+                assert np.asarray(emitted.owner).all()
+            return emitted
 
-    monkeypatch.setattr(SlotPrograms, "run", watched)
-    write_language_model(tmp_path, **SMALL | {"slots": 2, "context": 100, "prefill_chunk": "8,16", "ladder": "1,2"})
-    async with loaded(tmp_path, JaxBackend()):
-        pass
-    # Behind a piece is room for the steps that follow: 2, and three times 1.
-    assert {(one.length, one.chunk.start) for one in ran if one.chunk is not None} == {(16, 78), (8, 86)}
-    assert [one.steps for one in ran if one.steps] == [2, 1, 1, 1]
+    made = machine()
+    programs = Watched(made.programs, made.params, {CHUNK: made.prefill(CHUNK)}, {1: made.decode(1)})
+    device = DeviceThread("cpu:0")
+    await loading.run_first("llm", programs, device, 10.0)
+    device.close()
+    # Behind a piece is room for the steps that follow: 1, and three times 1.
+    assert {(one.length, one.chunk.start) for one in ran if one.chunk is not None} == {(CHUNK, CONTEXT - CHUNK - 4)}
+    assert [one.steps for one in ran if one.steps] == [1, 1, 1]
 
 
-@pytest.mark.parametrize(("dtype", "bytes_of_a_number"), [("bfloat16", 2), ("int8", 1)])
-async def test_dtype_is_that_of_matrices(tmp_path: Path, dtype: str, bytes_of_a_number: int) -> None:
+async def test_dtype_is_that_of_matrices(tmp_path: Path) -> None:
     """And on a CPU of nothing else: the cache has float32, as without it."""
     loads = {}
-    for name in ("float32", dtype):
-        write_language_model(tmp_path / name, **SMALL | {"dtype": name})
+    for name in ("float32", "bfloat16", "int8"):
+        write_language_model(tmp_path / name, **SMALL | {"dtype": name, "warmup": "false"})
         async with loaded(tmp_path / name, JaxBackend()) as load:
             loads[name] = load
-    assert loads[dtype].cache_bytes == loads["float32"].cache_bytes
-    ratio = loads[dtype].params_bytes / loads["float32"].params_bytes
-    assert bytes_of_a_number / 4 < ratio < bytes_of_a_number / 4 + 0.15  # norms, and scales, are float32
+    for name, bytes_of_a_number in (("bfloat16", 2), ("int8", 1)):
+        assert loads[name].cache_bytes == loads["float32"].cache_bytes
+        ratio = loads[name].params_bytes / loads["float32"].params_bytes
+        assert bytes_of_a_number / 4 < ratio < bytes_of_a_number / 4 + 0.15  # norms, and scales, are float32
 
 
 async def test_what_does_not_fit_is_refused_with_its_figures(tmp_path: Path) -> None:
