@@ -180,6 +180,42 @@ def test_sigterm_ends_an_idle_server(server: Process) -> None:
     assert server.end() == 0
 
 
+ENDLESS = """
+import jax
+import jax.numpy as jnp
+
+def apply(params, inputs):
+    # In the program itself, where no checkpoint is; and so much of it that it does not run in its dispatch.
+    square = jnp.ones((64, 64)) * inputs["IN"][0]
+    square = jax.lax.while_loop(lambda x: x.max() < 10, lambda x: jnp.sin(x @ x), square)
+    return {"OUT": square[0, :2]}
+"""
+
+
+@pytest.mark.network
+def test_B5_a_device_that_hangs_does_not_keep_the_process_and_does_not_abort_it(tmp_path: Path) -> None:
+    """Its thread is in a C++ library, and the interpreter's end cannot unwind it: the process ended by SIGABRT."""
+    (tmp_path / "hangs" / "1").mkdir(parents=True)
+    (tmp_path / "hangs" / "1" / "model.py").write_text(ENDLESS)
+    tensors = (
+        f'{kind} {{ name: "{name}" data_type: TYPE_FP32 dims: [ 2 ] }}'
+        for kind, name in (("input", "IN"), ("output", "OUT"))
+    )
+    (tmp_path / "hangs" / "config.pbtxt").write_text('backend: "jax" ' + " ".join(tensors))
+    server = Process(f"--model-repository={tmp_path}", "--release-timeout-secs=0.2")
+    try:
+        with tritonclient.InferenceServerClient(server.address) as client:
+            tensor = tritonclient.InferInput("IN", [2], "FP32")
+            tensor.set_data_from_numpy(np.ones(2, np.float32))
+            with pytest.raises(tritonclient.InferenceServerException, match="Deadline Exceeded"):
+                client.infer("hangs", [tensor], client_timeout=1)
+            server.wait_for("device cpu:0 is given up")
+        server.signal(signal.SIGTERM)
+        assert server.end() == 0
+    finally:
+        server.kill()
+
+
 @pytest.mark.network
 def test_second_sigterm_cancels_what_is_in_flight(server: Process) -> None:
     """E1: drain waits for the request; the second signal cancels it, and its client is told."""

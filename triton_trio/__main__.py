@@ -1,5 +1,5 @@
 """``python -m triton_trio``: the server, with tritonserver's flags."""
 
-from .cli import main
+from .cli import run
 
-raise SystemExit(main())
+raise SystemExit(run())

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import os
+import sys
+import threading
 
+#: How the names of threads begin that may hang in a device.
+DEVICE_THREAD = "jax device "
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
@@ -32,3 +37,16 @@ def calm_garbage_collector() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(50_000, 20, 50)
+
+
+def leave(status: int) -> int:
+    """The exit status; where a device was given up, with it the process ends here.
+
+    The thread of such a device is in the middle of a C++ library, and the interpreter's end cannot unwind it: the process would
+    be aborted.
+    """
+    if any(thread.name.startswith(DEVICE_THREAD) for thread in threading.enumerate()):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+    return status

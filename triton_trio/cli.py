@@ -12,12 +12,12 @@ import os
 import signal
 import ssl
 import sys
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from math import inf
 
 import trio
 
-from ._process import calm_garbage_collector, keep_large_buffers
+from ._process import calm_garbage_collector, keep_large_buffers, leave
 from ._version import __version__
 from .backends import DEFAULT_BACKENDS
 from .errors import TritonError
@@ -216,6 +216,11 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def run() -> int:
+    """:func:`main`, as a program: whatever still hangs does not keep the process."""
+    return leave(main())
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the server until it is told to stop; the process's exit status."""
     args = parse(argv)
@@ -275,34 +280,35 @@ async def _serve(args: argparse.Namespace) -> None:
         resources=args.rate_limit_resource,
         cache_size=args.cache_config,
     ) as server:
-        if args.allow_grpc:
-            addresses = await serve_grpc(
-                server, host=args.grpc_address, port=args.grpc_port, options=_grpc_options(args), tls=_tls(args)
-            )
-            for address in addresses:
-                LOGGER.info("Started GRPCInferenceService at %s", address)
-        calm_garbage_collector()
-        await _wait_for_signals(server, args.exit_timeout_secs)
+        # Before anybody can know that there is a server to be told.
+        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
+            if args.allow_grpc:
+                addresses = await serve_grpc(
+                    server, host=args.grpc_address, port=args.grpc_port, options=_grpc_options(args), tls=_tls(args)
+                )
+                for address in addresses:
+                    LOGGER.info("Started GRPCInferenceService at %s", address)
+            calm_garbage_collector()
+            await _wait_for_signals(server, signals, args.exit_timeout_secs)
 
 
-async def _wait_for_signals(server: InferenceServer, grace: float) -> None:
+async def _wait_for_signals(server: InferenceServer, signals: AsyncIterator[int], grace: float) -> None:
     """SIGTERM or SIGINT drains; a second one cancels what is left at once."""
     async with trio.open_nursery() as nursery:
-        with trio.open_signal_receiver(signal.SIGTERM, signal.SIGINT) as signals:
-            async for number in signals:
-                name = signal.Signals(number).name
-                if not server.draining:
-                    LOGGER.info("%s: draining, %g s for requests in flight; a second signal cancels them", name, grace)
+        async for number in signals:
+            name = signal.Signals(number).name
+            if not server.draining:
+                LOGGER.info("%s: draining, %g s for requests in flight; a second signal cancels them", name, grace)
 
-                    async def drain() -> None:
-                        await server.drain(grace)
-                        nursery.cancel_scope.cancel(reason="drained")
+                async def drain() -> None:
+                    await server.drain(grace)
+                    nursery.cancel_scope.cancel(reason="drained")
 
-                    # Owner: this nursery; ends when the frontends have ended.
-                    nursery.start_soon(drain, name="drain")
-                else:
-                    LOGGER.info("%s: cancelling requests in flight", name)
-                    await server.drain(0)
+                # Owner: this nursery; ends when the frontends have ended.
+                nursery.start_soon(drain, name="drain")
+            else:
+                LOGGER.info("%s: cancelling requests in flight", name)
+                await server.drain(0)
 
 
 def _grpc_options(args: argparse.Namespace) -> GrpcOptions:

@@ -248,7 +248,7 @@ async def test_C8_a_trial_that_does_not_end_can_be_left_and_its_device_is_given_
             assert state(backend) is DeviceState.READY
             await pass_time(mock_clock, 0.2 * LIMIT)
             await until(lambda: not backend.statistics())
-            assert "model 'endless' did not let go of it within 8.0 s, when its load was left" in caplog.text
+            assert "what model 'endless' was tried with did not end within 8.0 s, when its load was left" in caplog.text
             (line,) = await server.repository.index()
             assert line.state == ModelState.UNAVAILABLE.value
     finally:

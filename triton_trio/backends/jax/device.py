@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING
 
 import trio
 
+from ..._process import DEVICE_THREAD
 from ..availability import Availability
 from .controller import LateEnqueue, program_seconds
 from .memory import breaks_device
@@ -183,7 +184,7 @@ class DeviceThread:
         self._device_seconds = 0.0
         # Owner: whoever made this object; ended by close().  A daemon, so that a device that hangs cannot keep the
         # process from exiting.
-        self._thread = threading.Thread(target=self._main, name=f"jax device {name}", daemon=True)
+        self._thread = threading.Thread(target=self._main, name=f"{DEVICE_THREAD}{name}", daemon=True)
         self._thread.start()
 
     def __repr__(self) -> str:

@@ -74,7 +74,7 @@ async def _watch_trial(
                 await ended.wait()
             seconds = device.seconds_left(owner, limit) if device.holds(owner) else limit
     if not ended.is_set():
-        device.abandon(f"{name} did not let go of it within {limit:.1f} s, when its load was left")
+        device.abandon(f"what {name} was tried with did not end within {limit:.1f} s, when its load was left")
 
 
 class DeviceJob:
