@@ -184,11 +184,20 @@ ENDLESS = """
 import jax
 import jax.numpy as jnp
 
-def apply(params, inputs):
-    # In the program itself, where no checkpoint is; and so much of it that it does not run in its dispatch.
-    square = jnp.ones((64, 64)) * inputs["IN"][0]
-    square = jax.lax.while_loop(lambda x: x.max() < 10, lambda x: jnp.sin(x @ x), square)
-    return {"OUT": square[0, :2]}
+def init(params, inputs):
+    return {"x": inputs["IN"], "steps": jnp.int32(1)}
+
+def step(params, carry):
+    # On zeros it never ends, and there is no checkpoint inside of a program.
+    square = jnp.ones((40, 40)) * carry["x"][0]
+    square = jax.lax.while_loop(lambda x: x.max() < 1e6, lambda x: x * 2 + (x @ x) * 0, square)
+    return {"x": carry["x"] + square[0, 0] * 0, "steps": carry["steps"] - 1}
+
+def done(carry):
+    return carry["steps"] <= 0
+
+def finish(params, carry):
+    return {"OUT": carry["x"]}
 """
 
 
@@ -202,13 +211,11 @@ def test_B5_a_device_that_hangs_does_not_keep_the_process_and_does_not_abort_it(
         for kind, name in (("input", "IN"), ("output", "OUT"))
     )
     (tmp_path / "hangs" / "config.pbtxt").write_text('backend: "jax" ' + " ".join(tensors))
-    server = Process(f"--model-repository={tmp_path}", "--release-timeout-secs=0.2")
+    server = Process(f"--model-repository={tmp_path}", "--model-control-mode=explicit", "--release-timeout-secs=0.3")
     try:
         with tritonclient.InferenceServerClient(server.address) as client:
-            tensor = tritonclient.InferInput("IN", [2], "FP32")
-            tensor.set_data_from_numpy(np.ones(2, np.float32))
             with pytest.raises(tritonclient.InferenceServerException, match="Deadline Exceeded"):
-                client.infer("hangs", [tensor], client_timeout=1)
+                client.load_model("hangs", client_timeout=3)
             server.wait_for("device cpu:0 is given up")
         server.signal(signal.SIGTERM)
         assert server.end() == 0
