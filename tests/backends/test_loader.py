@@ -6,6 +6,8 @@ import gc
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,6 +19,7 @@ from triton_trio.backends.jax import JaxBackend, JaxOptions, short_switch_interv
 from triton_trio.backends.jax.checks import callback_problem
 from triton_trio.backends.jax.devices import find_devices
 from triton_trio.backends.jax.job import DeviceJob
+from triton_trio.backends.jax.loader import imported
 from triton_trio.backends.jax.options import default_buckets
 from triton_trio.backends.jax.placed import PlacedModel
 from triton_trio.backends.jax.probe import Probe
@@ -235,6 +238,25 @@ async def test_no_model_py(tmp_path: Path) -> None:
     with pytest.raises(InvalidArgument, match=r"cannot read .*model\.py: No such file or directory"):
         async with open_world(context):
             pass
+
+
+async def test_other_threads_may_import_while_a_model_is_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Several models are loaded side by side: one of them failed with "dictionary changed size during iteration"."""
+
+    class Growing(dict[str, ModuleType]):
+        def items(self) -> Any:
+            for number, item in enumerate(super().items()):
+                if number == 10:
+                    self[f"imported_meanwhile_{len(self)}"] = ModuleType("meanwhile")
+                yield item
+
+    monkeypatch.setattr(sys, "modules", Growing(sys.modules))
+    path = tmp_path / "model.py"
+    path.write_text("X = 3\n")
+    with imported(path, "m", 1) as module:
+        assert module.X == 3
 
 
 async def test_a_callback_in_a_rule_for_many_rows_is_found_too(tmp_path: Path) -> None:

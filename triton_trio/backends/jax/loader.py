@@ -151,7 +151,8 @@ def _siblings(directory: Path) -> Iterator[None]:
     }
 
     def take() -> dict[str, ModuleType]:
-        found = {name: module for name, module in sys.modules.items() if name.partition(".")[0] in names}
+        # A copy: other threads import, too.
+        found = {name: module for name, module in sys.modules.copy().items() if name.partition(".")[0] in names}
         for name in found:
             del sys.modules[name]
         return found
