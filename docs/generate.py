@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
 
@@ -73,8 +74,9 @@ def pictures() -> Iterator[tuple[Path, str]]:
 
 
 def pages() -> Iterator[tuple[Path, str]]:
-    for path in sorted(DOCS.rglob("*.md")):
-        yield path, render(path.read_text())
+    paths = sorted(DOCS.rglob("*.md"))
+    with ThreadPoolExecutor() as pool:  # they wait for the programs whose output they record
+        yield from zip(paths, pool.map(lambda path: render(path.read_text()), paths), strict=True)
 
 
 MAKERS: dict[str, Callable[[str], str]] = {

@@ -1,3 +1,4 @@
+import gc
 import logging
 import os
 import tempfile
@@ -21,6 +22,12 @@ def pytest_configure(config: pytest.Config) -> None:
         config.add_cleanup(lambda: os.environ.pop("JAX_COMPILATION_CACHE_DIR", None))
         os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
         os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "-1"
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays: no collection needs to look at it, and tests that wait for one are many."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
