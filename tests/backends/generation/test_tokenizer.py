@@ -96,9 +96,49 @@ def test_a_text_that_goes_on_begins_as_it_would_there() -> None:
     assert [stream.add(fox[2]), stream.add(fox[3])] == ["", "\N{FOX FACE}"]
 
 
+def streamed(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> str:
+    stream = tokenizer.stream(prompt)
+    return "".join([*map(stream.add, ids), stream.finish()])
+
+
+def test_a_text_does_not_begin_with_its_prompts_end() -> None:
+    """Which is no whole character, or looks like none."""
+    tokenizer, _ = sentencepiece()
+    assert streamed(TINY, TINY.encode("he \ufffd"), TINY.encode("the")) == "the"
+    assert streamed(TINY, TINY.encode("🦊")[:2], TINY.encode("the")) == "the"
+    assert streamed(tokenizer, tokenizer.encode("by \ufffd"), tokenizer.encode("the")) == " the"
+    # Each character has three tokens, so the last eight begin within one.
+    assert streamed(tokenizer, tokenizer.encode("狐狐狐狐狐"), tokenizer.encode("狐")[1:]) == "狐"
+
+
+@given(st.lists(st.sampled_from(["\ufffd", "🦊", "the", "é"]), max_size=30).map("".join))
+def test_a_text_of_replacement_characters_is_not_held_back(text: str) -> None:
+    """They look like the beginning of a character.  A real one is not cut, wherever it stands."""
+    stream, shown = TINY.stream(), ""
+    for number, token in enumerate(ids := TINY.encode(text), 1):
+        shown += stream.add(token)
+        assert text.startswith(shown)
+        assert len(shown) >= len(TINY.decode(ids[: max(0, number - 3)])) - 1
+    assert shown + stream.finish() == text
+
+
+def test_a_text_of_nothing_costs_the_same_with_each_token(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+    decode = Tokenizer.decode
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: lengths.append(len(ids)) or decode(self, ids))
+    special = TINY.token_id("<|im_start|>")
+    assert special is not None
+    broken = TINY.encode("🦊")[0]
+    stream = TINY.stream()
+    for token in [special] * 100 + [broken, *[special] * 100] + TINY.encode("\ufffd") * 100:
+        stream.add(token)
+    assert max(lengths) < 40
+    assert len(lengths) < 10 * 500
+
+
 @given(st.lists(st.integers(0, 600 - 1), max_size=12), st.data())
 def test_bytes_that_are_no_text_are_replaced_and_the_text_goes_on(ids: list[int], data: st.DataObject) -> None:
-    """The library raises, where bytes that were a character are none once another has come."""
+    """Bytes that were a character are none once another has come."""
     tokenizer, tokens = sentencepiece()
     fox = [tokens.index(f"<0x{byte:02X}>") for byte in "\N{FOX FACE}".encode()]
     broken = [*fox, tokens.index("<0xFF>"), tokens.index("a")]

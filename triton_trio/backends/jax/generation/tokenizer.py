@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -13,6 +14,12 @@ from .extra import require
 
 #: Tokens of a prompt that the text behind it is decoded after.
 BEFORE = 8
+#: Bytes that are no UTF-8, in a decoded text.
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+#: Tokens that a character may be short of its last byte with: it has four bytes, and a token one or more.
+UNFINISHED = 3
+#: Tokens that are held back at most, whatever they are: each one is decoded again with the next.
+MOST_HELD = 16
 
 
 class Tokenizer:
@@ -28,7 +35,6 @@ class Tokenizer:
         self._library = library
         self._begin = begin
         self._template = template
-        self._streams = require("tokenizers").decoders
         #: Bytes of the longest token, at least.
         self.longest = max((len(token.encode()) for token in library.get_vocab(with_added_tokens=True)), default=1)
 
@@ -77,7 +83,7 @@ class Tokenizer:
 
     def stream(self, prompt: Sequence[int] = ()) -> TextStream:
         """A new text, to which tokens are added one by one; what comes before it decides whether it begins with a space."""
-        return TextStream(self, self._library, self._streams.DecodeStream, prompt)
+        return TextStream(self, prompt)
 
     def check_text(self, what: str) -> None:
         """Raises :exc:`InvalidArgument` if the model knows ids only, and ``what`` needs text."""
@@ -124,45 +130,52 @@ class NoTokenizer(Tokenizer):
 class TextStream:
     """Text as its tokens come.  A character whose bytes are spread over tokens comes with the last of them."""
 
-    def __init__(
-        self, tokenizer: Tokenizer, library: Any, new_stream: Callable[..., Any], prompt: Sequence[int] = ()
-    ) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
         self._tokenizer = tokenizer
-        self._library = library
-        self._new_stream = new_stream
-        self._held: list[int] = []
-        self._begin(prompt[-BEFORE:])
+        self._held: list[int] = []  #: tokens whose text is not out
+        before = [int(token) for token in prompt[-BEFORE:]]
+        starts = range(min(len(prompt) - len(before), UNFINISHED) + 1)  # it may have been cut within a character
+        whole = (start for start in starts if not tokenizer.decode(before[start:]).startswith(BROKEN))
+        self._begin(before[next(whole, 0) :])
 
     def add(self, token: int) -> str:
         """The text that is complete with this token; often empty."""
         self._held.append(token)
-        text: str | None
-        try:
-            text = self._stream.step(self._library, token)
-        except Exception:  # noqa: BLE001  # the library raises nothing narrower
-            # Tokens of single bytes, and with this one those that were a character are none any more.
-            held = tuple(self._held)
-            text = self.finish()
-            self._begin(held)
-            return text
-        if text is None:
-            return ""
-        self._held.clear()
-        return text
+        text = self._decode(self._held)
+        if text and not text.endswith(BROKEN):
+            return self._take(len(self._held), text)
+        # A character may be under way, and then within the last tokens.  What is before them will not change any more.
+        for unfinished in range(UNFINISHED, 0, -1) if len(self._held) > UNFINISHED else ():
+            done = self._decode(self._held[:-unfinished])
+            if done and done + self._tokenizer.decode(self._held[-unfinished:]) == text:
+                return self._take(len(self._held) - unfinished, done)
+        if self._held == [token] and not text and not self._prefix.endswith(BROKEN):
+            self._held.clear()  # a special token
+        return self._take(len(self._held), text) if len(self._held) >= MOST_HELD else ""
 
     def finish(self) -> str:
         """What is left when no more tokens come: nothing, or U+FFFD for the beginning of a character."""
-        held, self._held = self._held, []
-        return self._tokenizer.decode(held)
+        return self._take(len(self._held), self._decode(self._held))
 
-    def _begin(self, before: Sequence[int]) -> None:
-        """With the next token, after ``before``."""
-        self._stream = self._new_stream(skip_special_tokens=True)
-        for token in before:
-            try:
-                self._stream.step(self._library, int(token))
-            except Exception:  # noqa: BLE001  # as in add()
-                self._stream = self._new_stream(skip_special_tokens=True)
+    def _take(self, count: int, text: str) -> str:
+        if count:
+            self._begin(self._held[:count])
+            del self._held[:count]
+        return text
+
+    def _begin(self, before: list[int]) -> None:
+        """What comes now comes after ``before``, which may decide whether it begins with a space."""
+        self._before = before
+        self._prefix = self._tokenizer.decode(before)
+
+    def _decode(self, tokens: list[int]) -> str:
+        text = self._tokenizer.decode(self._before + tokens)
+        if text.startswith(self._prefix):
+            return text[len(self._prefix) :]
+        if self._prefix.endswith(BROKEN):  # the prompt's end, a character that is complete only now
+            return text[len(os.path.commonprefix((text, self._prefix))) :]
+        # Tokens of single bytes: together they are no text any more, and what is out stays as it is.
+        return self._tokenizer.decode(tokens)
 
 
 class NoText(TextStream):
