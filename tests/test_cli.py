@@ -224,6 +224,16 @@ def test_B5_a_device_that_hangs_does_not_keep_the_process_and_does_not_abort_it(
 
 
 @pytest.mark.network
+@pytest.mark.parametrize("closed", ["", ">&-", "2>&-"])
+def test_B5_a_process_that_a_device_keeps_has_its_status_whatever_its_output_is(closed: str) -> None:
+    code = (
+        "import threading, time; from triton_trio._process import leave; "
+        "threading.Thread(target=time.sleep, args=(1000,), name='jax device cpu:0').start(); leave(3)"
+    )
+    done = subprocess.run(["sh", "-c", f'"{sys.executable}" -c "{code}" {closed}'], check=False, timeout=20)
+    assert done.returncode == 3
+
+
 def test_second_sigterm_cancels_what_is_in_flight(server: Process) -> None:
     """E1: drain waits for the request; the second signal cancels it, and its client is told."""
     answers: list[object] = []
