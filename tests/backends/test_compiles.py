@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -13,8 +15,10 @@ import pytest
 import trio
 import trio.testing
 
+import triton_trio
 from triton_trio.backends.jax.compilations import Compilations
 from triton_trio.backends.jax.placed import PlacedModel
+from triton_trio.backends.jax.programs import ProgramBuilder
 from triton_trio.errors import InvalidArgument
 
 from .world import (
@@ -299,6 +303,136 @@ async def test_what_is_wrong_with_a_shape_is_told_to_all_who_wait_for_it_and_aga
             assert {type(error) for error in run.errors.values()} == {InvalidArgument}
             assert "apply() cannot be traced at line 2" in run.errors[0].message
         assert compiler.begun == 2
+
+
+@pytest.mark.parametrize("form", ["steps", "apply"])
+async def test_a_compilation_that_was_left_before_it_began_is_made_for_the_next(tmp_path: Path, form: str) -> None:
+    """Timeline: a compilation is about to go to its thread; the last who waits for it leaves.  It was counted as made."""
+    code = STEPS_OF_ANY if form == "steps" else "def apply(params, inputs):\n    return {'Y': inputs['X'] + 3}\n"
+    settings = {"max_batch_size": 2, "buckets": "1,2", "ladder": 1, "warmup": "false"}
+    async with open_world(write_model(tmp_path, code, ANY, **settings)) as world:
+        for ticks in range(1, 12):  # one of them is that in which the model's lock is had
+            one, two = ({"X": np.ones((rows, ticks), np.float32)} for rows in (1, 2))
+            await world.execute(one)  # so that nothing comes before the first compilation of bucket 2
+            async with world.running([two]) as run:
+                for _ in range(ticks):
+                    await trio.lowlevel.checkpoint()
+                run.cancel(0)
+            await until(lambda: not len(compilations(world)))
+            assert (await world.execute(two))[0][0]["Y"].tolist() == [[4] * ticks] * 2
+
+
+async def test_a_shape_whose_compilation_failed_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build, fails = ProgramBuilder.build, [False, True]
+
+    def build_or_fail(builder: ProgramBuilder, *of: Any) -> Iterator[Callable[[], None]]:
+        yield from build(builder, *of)
+        if fails.pop():
+            yield lambda: 1 / 0  # type: ignore[func-returns-value]
+
+    monkeypatch.setattr(ProgramBuilder, "build", build_or_fail)
+    async with open_world(write_model(tmp_path, STEPS_OF_ANY, ANY, max_batch_size=1, ladder=1)) as world:
+        ones = {"X": np.ones((1, 4), np.float32)}
+        with pytest.RaisesGroup(ZeroDivisionError, flatten_subgroups=True):
+            await world.execute(ones)
+        assert (await world.execute(ones))[0][0]["Y"].tolist() == [[4, 4, 4, 4]]
+
+
+MISTAKES = """
+import sys
+
+class PanicException(BaseException):
+    pass
+
+PanicException.__module__ = "pyo3_runtime"
+
+class OfTwo(ValueError):
+    def __init__(self, one, two):
+        super().__init__(f"{one} and {two}")
+
+def bad(x):
+    raise WHAT
+
+def good(x):
+    return x + 3
+
+async def run(ctx, params, inputs):
+    if inputs["X"][0, 0] == 1:
+        return {"Y": await ctx.run(good, inputs["X"])}
+    try:
+        return {"Y": await ctx.run(bad, inputs["X"])}
+    except NotImplementedError as exc:
+        assert any(note.startswith("It came from") and "in bad" in note for note in exc.__notes__)
+        return {"Y": await ctx.run(good, inputs["X"])}
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("SystemExit('no licence')", "model 'm': run() failed: SystemExit: no licence"),
+        ("PanicException('out of bounds')", "model 'm': compilation failed: PanicException: out of bounds"),
+        ("OfTwo(1, 2)", "model 'm': compilation failed: OfTwo: 1 and 2"),
+        ("NotImplementedError('for this shape')", ""),
+    ],
+)
+async def test_what_a_function_raises_while_it_is_traced_comes_to_who_asked_for_it(
+    tmp_path: Path, what: str, message: str
+) -> None:
+    """It is traced in a task of the model's: it must not end the server, and an author may know what to do about it."""
+    code = MISTAKES.replace("WHAT", what)
+    async with open_world(write_model(tmp_path, code, VECTOR, max_batch_size=1, warmup="false")) as world:
+        async with world.running([first(2)]) as run:
+            pass
+        if message:
+            assert run.errors[0].message == message
+        else:
+            assert run.responses[0][0]["Y"].tolist() == [[5, 5, 5]]
+        assert (await world.execute(first(1)))[0][0]["Y"].tolist() == [[4, 4, 4]]
+
+
+async def test_a_model_that_exits_while_it_is_traced_is_not_loaded_and_the_server_goes_on(tmp_path: Path) -> None:
+    write_model(tmp_path, MISTAKES.replace("WHAT", "SystemExit('no licence')"), VECTOR, name="m", max_batch_size=1)
+    code = "def apply(params, inputs):\n    raise SystemExit('no licence')\n"
+    write_model(tmp_path, code, VECTOR, name="applies", max_batch_size=1)
+    async with triton_trio.open_server(tmp_path, explicit=True) as server:
+        with pytest.raises(
+            InvalidArgument, match=r"run\(\) failed when it was tried on zeros.*: SystemExit: no licence"
+        ):
+            await server.load_model("m")
+        with pytest.raises(InvalidArgument, match=r"apply\(\) cannot be traced at line 2: SystemExit: no licence"):
+            await server.load_model("applies")
+        assert server.live
+
+
+KEEPING = """
+import jax.numpy as jnp
+
+def make(x):
+    return jnp.zeros((1003,)) + x[0, 0]
+
+def more(x):
+    return x + 1
+
+async def run(ctx, params, inputs):
+    made = await ctx.run(make, inputs["X"])
+    return {"Y": inputs["X"] + (await ctx.fetch(more, made))[0]}
+"""
+
+
+async def test_C7_a_compilation_keeps_nobodys_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiler = Compiler(monkeypatch)
+    async with open_world(write_model(tmp_path, KEEPING, ANY, max_batch_size=1, warmup="false")) as world:
+        async with world.running([{"X": np.ones((1, 4), np.float32)}]) as run:
+            compiler.permits.release()
+            await until(lambda: compiler.begun == 2)
+            run.cancel(0)
+            await run.ended.wait()
+        del run
+        gc.collect()
+        assert [array.shape for array in jax.live_arrays() if array.shape == (1003,)] == []
+        compiler.permits.release(10)
+        await until(lambda: not len(compilations(world)))
 
 
 def compilations(world: World) -> Compilations:

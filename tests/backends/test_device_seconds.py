@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
+from trio.testing import MockClock
 
 import triton_trio
 from triton_trio.backends.jax import JaxBackend
@@ -227,3 +228,47 @@ async def test_law_16_an_execution_that_is_cancelled_while_every_row_is_parked_i
                 scope.cancel()
                 await trio.sleep_forever()
         assert (world.placed.executions, world.placed.cancels) == (1, 1)
+
+
+OWN_LIMIT = """
+import trio
+
+def again(x):
+    return x + 1
+
+async def run(ctx, params, inputs):
+    with trio.move_on_after(1):
+        await ctx.fetch(again, inputs["X"])
+    await trio.sleep(100)
+    return {"Y": inputs["X"], "MADE": inputs["STEPS"]}
+"""
+
+
+async def test_law_16_what_an_authors_own_limit_stopped_was_wanted_though_the_client_leaves_later(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    gate = DeviceGate()
+    context = write_model(tmp_path, OWN_LIMIT, COUNTDOWN_CONFIG, max_batch_size=1, warmup="false")
+    async with open_world(context, gate=gate) as world, world.running([countdown(1)]) as run:
+        await gate.wait_dispatched(1)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(2)
+        await trio.testing.wait_all_tasks_blocked()
+        gate.let_end()
+        await until(lambda: world.device.cancels == 1)
+        await trio.testing.wait_all_tasks_blocked()
+        mock_clock.jump(2)
+        run.cancel(0)
+        await run.ended.wait()
+        (member,) = run.batch.members
+        assert member.useful_seconds > 0
+        assert member.wasted_seconds == 0
+
+
+async def test_what_an_apply_takes_is_known_after_the_first(tmp_path: Path) -> None:
+    """As of a step: the watchdog allows for it."""
+    context = write_model(tmp_path, APPLY, COUNTDOWN_CONFIG, max_batch_size=1)
+    async with open_world(context) as world:
+        assert world.placed.buckets[0].step_ms is None
+        await world.execute(countdown(1))
+        assert world.placed.buckets[0].step_ms

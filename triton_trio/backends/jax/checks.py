@@ -105,7 +105,7 @@ class FunctionChecker:
     def _trace(self, name: str, function: Callable[..., Any], *args: Avals) -> Avals:
         try:
             jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
-        except Exception as exc:  # noqa: BLE001  (any error of the author's function)
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  (any error of the author's function)
             where = at_line(exc, self._functions.path)
             hint = f"; its inputs are {', '.join(self._row)}" if isinstance(exc, KeyError) else ""
             raise self._bad(
@@ -212,6 +212,6 @@ def _is_jaxpr(value: object) -> bool:
     return hasattr(value, "eqns") or hasattr(getattr(value, "jaxpr", None), "eqns")
 
 
-def _first_paragraph(exc: Exception) -> str:
+def _first_paragraph(exc: BaseException) -> str:
     # JAX's messages go on with pages of advice and traces.
     return str(exc).strip().split("\n\n", 1)[0][:500]

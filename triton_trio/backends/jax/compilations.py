@@ -8,15 +8,14 @@ compilation under way, which is kept.
 
 from __future__ import annotations
 
-import logging
+import copy
+import traceback
 from collections.abc import Awaitable, Callable, Hashable
 
 import trio
 
-from ...errors import InternalError, TritonError, Unavailable
+from ...errors import InternalError, TritonError, Unavailable, no_panic
 from ...scopes import BatchScope, Reason
-
-LOGGER = logging.getLogger("triton_trio.jax")
 
 
 class _Shared:
@@ -25,7 +24,7 @@ class _Shared:
     def __init__(self) -> None:
         self.waiters: BatchScope[object] = BatchScope()
         self.done = trio.Event()
-        self.error: TritonError | None = None
+        self.error: BaseException | None = None
 
 
 class Compilations:
@@ -52,7 +51,8 @@ class Compilations:
           compile_all: cancelled between its compilations when nobody waits any more; it keeps what it has.
 
         Raises:
-          TritonError: what it raised.
+          Exception: what it raised, anew for each waiter; an author's code may know what to do about its own.
+          InternalError: the same, of a type that cannot be made anew.
 
         **Cancellation:** the waiter leaves at once.
         """
@@ -74,21 +74,29 @@ class Compilations:
             else:
                 shared.waiters.leave(waiter, Reason.CALLER)
         if shared.error is not None:
-            raise type(shared.error)(*shared.error.args)
+            raise copy.copy(shared.error)
 
     async def _run(self, key: Hashable, shared: _Shared, compile_all: Callable[[], Awaitable[None]]) -> None:
-        error: TritonError | None = Unavailable(f"{self._name} is being unloaded")
+        error: BaseException | None = Unavailable(f"{self._name} is being unloaded")
         try:
-            with shared.waiters.cancel_scope:
+            with shared.waiters.cancel_scope, no_panic(f"{self._name}: compilation failed"):
                 await compile_all()
                 error = None
-        except TritonError as exc:
-            # A copy, here as below: the error itself would keep the frames that it came through.
-            error = type(exc)(*exc.args)
-        except Exception as exc:
-            LOGGER.exception("%s: compilation failed", self._name)
-            error = InternalError(f"{self._name}: compilation failed: {type(exc).__name__}: {exc}")
+        except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's function raises
+            error = self._without_frames(exc)
         finally:
             shared.error = error
             del self._running[key]
             shared.done.set()
+
+    def _without_frames(self, exc: BaseException) -> BaseException:
+        """The same again, without what is in the frames that it came through; in the log, those are a note."""
+        try:
+            again = copy.copy(exc)
+        except Exception:  # noqa: BLE001  # some take other arguments than they keep
+            again = None
+        if type(again) is not type(exc) or again.args != exc.args:
+            again = InternalError(f"{self._name}: compilation failed: {type(exc).__name__}: {exc}")
+        if not isinstance(exc, TritonError):
+            again.add_note(f"It came from\n{''.join(traceback.format_exception(exc))}")
+        return again

@@ -116,7 +116,10 @@ class FunctionCache:
                 self._programs.move_to_end(key)
                 return program
             assert self._placed.compilations is not None
-            compile_it = functools.partial(self._compile, key, function, args)
+            # Of the arguments only what they are like: nobody's arrays stay on the device for as long as it is compiled.
+            with precision(self._placed.options.x64):
+                avals = jax.tree.map(self._like, args)
+            compile_it = functools.partial(self._compile, key, function, avals)
             await self._placed.compilations.wait(key, f"{_function_name(function)}()", compile_it)
 
     def _signature(self, arg: Any) -> object:
@@ -125,27 +128,25 @@ class FunctionCache:
         leaves, tree = jax.tree.flatten(arg)
         return tree, tuple(map(_leaf_signature, leaves))
 
+    def _like(self, leaf: Any) -> Avals:
+        sharding = jax.sharding.SingleDeviceSharding(self._placed.jax_device)
+        if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
+            # Weak, as a Python number in JAX: it must not turn bfloat16 into float32.
+            return aval((), jax.dtypes.canonicalize_dtype(type(leaf)), sharding=sharding, weak_type=True)
+        dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
+        return aval(leaf.shape, dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
+
     def _is_new_shape(self, key: Key) -> bool:
         """Whether a function that is known meets shapes that it has not met."""
         function, signature = key
         known = [_shapes(other) for identity, other in self._programs if identity == function]
         return bool(known) and _shapes(signature) not in known
 
-    async def _compile(self, key: Key, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-        sharding = jax.sharding.SingleDeviceSharding(self._placed.jax_device)
-
+    async def _compile(self, key: Key, function: Callable[..., Any], avals: tuple[Avals, ...]) -> None:
         def fenced(*args: Any) -> Any:
             return function(*args), np.int32(0)
 
-        def like(leaf: Any) -> Avals:
-            if isinstance(leaf, bool | int | float | complex) and not isinstance(leaf, np.generic):
-                # Weak, as a Python number in JAX: it must not turn bfloat16 into float32.
-                return aval((), jax.dtypes.canonicalize_dtype(type(leaf)), sharding=sharding, weak_type=True)
-            dtype = jax.dtypes.canonicalize_dtype(leaf.dtype)
-            return aval(leaf.shape, dtype, sharding=sharding, weak_type=getattr(leaf, "weak_type", False))
-
         def job() -> None:
-            avals = jax.tree.map(like, args)
             traced = jax.jit(fenced, donate_argnums=_donated(function, avals)).trace(*avals)
             problem = callback_problem(traced.jaxpr.jaxpr)
             if problem:
@@ -453,7 +454,7 @@ async def _serve(placed: PlacedModel, functions: FunctionCache, batch: Batch, me
     finally:
         member.scope = None
         # The job has been cancelled by scopes of the model's own, too: what came of that was wanted.
-        left = member.left_at is not None and not member.kept
+        left = member.left_at is not None and not member.kept and member.left_at <= job.cancelled_at
         after = job.seconds_after_cancel if left else 0.0
         batch.charge(member, job.device_seconds - after, wasted=False)
         batch.charge(member, after, wasted=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 import traceback
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -100,7 +100,7 @@ class PlacedModel:
         self._sets: OrderedDict[RowShapes, dict[int, ProgramSet]] = OrderedDict()  #: by bucket; last, who was last used
         self._checked: set[RowShapes] = set()
         #: Sets of which a part is compiled, and what is left; the oldest first.
-        self._begun: OrderedDict[tuple[int, RowShapes], tuple[ProgramSet, Iterator[Callable[[], None]]]] = OrderedDict()
+        self._begun: OrderedDict[tuple[int, RowShapes], tuple[ProgramSet, deque[Callable[[], None]]]] = OrderedDict()
         self._compiling = trio.Lock()
         self.compilations: Compilations | None = None  #: for requests
         self._loaded = False
@@ -316,9 +316,10 @@ class PlacedModel:
                 self._begun[key] = await self._begin_set(bucket, shapes)
             programs, jobs = self._begun[key]
             try:
-                for job in jobs:
-                    await self.compile(job, new_shape=True)
-                    self._check_memory(programs)
+                while jobs:
+                    # Taken in the thread: who is cancelled on the way there has not run it.
+                    await self.compile(lambda: jobs.popleft()(), new_shape=True)
+                self._check_memory(programs)
             except Exception:
                 del self._begun[key]
                 raise
@@ -331,7 +332,7 @@ class PlacedModel:
         if len(self._sets) > self.options.shapes:  # all buckets of the one that has not been used for longest
             self._sets.popitem(last=False)
 
-    async def _begin_set(self, bucket: int, shapes: RowShapes) -> tuple[ProgramSet, Iterator[Callable[[], None]]]:
+    async def _begin_set(self, bucket: int, shapes: RowShapes) -> tuple[ProgramSet, deque[Callable[[], None]]]:
         assert self._builder is not None
         row = row_avals(self.config.inputs, dict(shapes))
         if shapes not in self._checked:
@@ -347,7 +348,7 @@ class PlacedModel:
         while len(self._begun) >= self.options.shapes:
             self._begun.popitem(last=False)
         programs = ProgramSet(bucket, ChunkController(self.options.target, self.options.ladder))
-        return programs, self._builder.build(programs, row)
+        return programs, deque(self._builder.build(programs, row))
 
     def check_memory(self) -> None:
         """For another instance on this device, which may have a batch of its own there; raises as :meth:`load`."""
