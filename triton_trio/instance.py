@@ -20,7 +20,7 @@ from .batch import Batch, Cohort, Hand, Member, Reshape
 from .errors import InternalError, TritonError, no_panic
 from .observe.cancel_log import log_cancelled
 from .scheduling import Seat
-from .scopes import Reason
+from .scopes import Reason, wait_in_parts
 
 if TYPE_CHECKING:
     from .backends import BackendInstance, Placement
@@ -33,8 +33,6 @@ LOGGER = logging.getLogger("triton_trio.instance")
 
 #: Executions after which an instance lets other tasks run, whether or not its backend ever waits.
 TURN = 8
-#: Into so many parts the release limit is cut; see ``ModelInstance._wait_released``.
-PARTS = 8
 #: Seconds after which an execution that returns, though it was cancelled, is worth a word in the log.
 SWALLOWED = 0.1
 
@@ -172,7 +170,7 @@ class ModelInstance:
                 await self._backend.execute(batch)
         except TritonError as exc:
             self._fail_live(batch, exc)
-        except Exception as exc:
+        except (Exception, SystemExit) as exc:
             LOGGER.exception("model %s version %d failed in execute", self.model.name, self.model.version)
             self._fail_live(batch, InternalError(f"model '{self.model.name}' failed: {type(exc).__name__}: {exc}"))
         else:
@@ -252,26 +250,18 @@ class ModelInstance:
         # Shielded, for a shutdown must not cancel what bounds it; bounded by the limit itself.
         with trio.CancelScope(shield=True):
             while left > 0:
-                if await self._wait_released(released, left):
+                unseen = await wait_in_parts(released, left)
+                if unseen is None:
                     return
-                left = self._time_left(batch)
+                left = self._time_left(batch, unseen)
         took = trio.current_time() - began
         if self._backend.abandon():
             LOGGER.error("instance %s: %s; the device is made anew", self.name, _late(took))
         else:
             self._quarantine(_late(took))
 
-    async def _wait_released(self, released: trio.Event, seconds: float) -> bool:
-        # In parts, for time in which nobody could run (a stopped process, a library that holds the GIL) is not the device's:
-        # of such a time one part counts.
-        for _ in range(PARTS):
-            with trio.move_on_after(seconds / PARTS):
-                await released.wait()
-                return True
-        return released.is_set()
-
-    def _time_left(self, batch: Batch) -> float:
-        left = self._backend.time_left(self._release_limit)
+    def _time_left(self, batch: Batch, unseen: float) -> float:
+        left = self._backend.time_left(self._release_limit, unseen)
         if left is not None:
             return left
         # Cancelled, and computed to the end all the same: it takes what it takes.

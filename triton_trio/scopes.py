@@ -21,6 +21,9 @@ from typing import Generic, Protocol, TypeVar
 
 import trio
 
+#: Of a wait whose end is a limit; see :func:`wait_in_parts`.
+PARTS = 8
+
 MemberT = TypeVar("MemberT", bound=Hashable)
 
 
@@ -197,3 +200,22 @@ class SequenceEnd:
     generation: int  #: the server's own identity of the sequence
     cause: SequenceEndCause
     reason: Reason | None = None  #: with ``CANCELLED``: of the request that was cancelled
+
+
+async def wait_in_parts(event: trio.Event, seconds: float) -> float | None:
+    """Wait for ``event`` while others can run; what it is waited for may need that, too.
+
+    In parts, for of a time in which nobody could run (a stopped process, a library that holds the GIL) one part counts.
+
+    Returns:
+      None when it has come; else, after ``seconds``, by how much longer that has taken on the clock.
+
+    **Cancellation:** at any time.
+    """
+    began = trio.current_time()
+    for _ in range(PARTS):
+        with trio.move_on_after(seconds / PARTS):
+            await event.wait()
+        if event.is_set():
+            return None
+    return max(0.0, trio.current_time() - began - seconds)

@@ -343,12 +343,12 @@ async def test_a_device_thread_that_dies_is_not_waited_for() -> None:
 
 @asynccontextmanager
 async def behind(
-    device: DeviceThread, gate: DeviceGate, *, trial: bool = False, expected: float | None = None
+    device: DeviceThread, gate: DeviceGate, *, expected: float | None = None
 ) -> AsyncIterator[tuple[DeviceJob, DeviceJob]]:
     """Two jobs with a program on the device each, the second behind the first."""
     log: list[str] = []
     async with (
-        DeviceJob(device, "first", owner="A", trial=trial) as first,
+        DeviceJob(device, "first", owner="A") as first,
         DeviceJob(device, "second", owner="B") as second,
     ):
         first.submit(Program("a0", log), Program("a1", log, expected=expected))
@@ -368,18 +368,17 @@ async def test_who_is_behind_what_somebody_wants_has_time(
     device: DeviceThread, gate: DeviceGate, mock_clock: MockClock
 ) -> None:
     async with behind(device, gate):
-        assert (device.holds("A"), device.holds("B"), device.holds("C")) == (True, True, False)
         mock_clock.jump(100)
-        assert device.seconds_left("B", 8) == 8
-        assert device.seconds_left("A", 8) == 0
+        assert device.seconds_left("B", 8, 0) == 8
+        assert device.seconds_left("A", 8, 0) == 0
         # Its turn begins when the one before it has ended.
         gate.let_end()
         await until(lambda: device._at_work is not None and device._at_work.turn.label == "b0")  # type: ignore[attr-defined]
-        assert device.seconds_left("B", 8) == 8
+        assert device.seconds_left("B", 8, 0) == 8
         mock_clock.jump(5)
-        assert device.seconds_left("B", 8) == 3
+        assert device.seconds_left("B", 8, 0) == 3
         mock_clock.jump(5)
-        assert device.seconds_left("B", 8) == 0
+        assert device.seconds_left("B", 8, 0) == 0
 
 
 async def test_a_program_may_take_what_it_is_known_to_take_and_the_limit(
@@ -387,35 +386,40 @@ async def test_a_program_may_take_what_it_is_known_to_take_and_the_limit(
 ) -> None:
     async with behind(device, gate, expected=20):
         mock_clock.jump(8)
-        assert device.seconds_left("A", 8) == 20
+        assert device.seconds_left("A", 8, 0) == 20
 
 
-@pytest.mark.parametrize("how", ["tried at load", "left too"])
 async def test_who_is_behind_what_nobody_wants_has_the_limit(
-    device: DeviceThread, gate: DeviceGate, mock_clock: MockClock, how: str
+    device: DeviceThread, gate: DeviceGate, mock_clock: MockClock
 ) -> None:
-    async with behind(device, gate, trial=how == "tried at load") as (first, _), trio.open_nursery() as nursery:
-        if how == "left too":
-            scope = trio.CancelScope()
+    async with behind(device, gate) as (first, _), trio.open_nursery() as nursery:
+        scope = trio.CancelScope()
 
-            async def leave() -> None:
-                with scope:
-                    await first.next()  # a0
-                    await first.next()
+        async def leave() -> None:
+            with scope:
+                await first.next()  # a0
+                await first.next()
 
-            nursery.start_soon(leave)
-            await trio.testing.wait_all_tasks_blocked()
-            scope.cancel()
-            assert first.draining
+        nursery.start_soon(leave)
+        await trio.testing.wait_all_tasks_blocked()
+        # Whose task is elsewhere does not wait for the device, whatever is there.
+        assert (device.holds("A"), device.holds("B"), device.holds("C")) == (True, False, False)
+        scope.cancel()
+        assert first.draining
         mock_clock.jump(5)
-        assert device.seconds_left("B", 8) == 3
+        assert device.seconds_left("B", 8, 0) == 3
+        # Somebody has seen that for four of them nobody could run.
+        assert device.seconds_left("B", 8, 4) == 7
+        # As others have, but nobody has it longer than from now.
+        assert device.seconds_left("B", 8, 4) == 8
+        assert device.seconds_left("B", 8, 0) == 8
         gate.open()
 
 
 async def test_nobody_has_time_on_a_dead_device(device: DeviceThread, gate: DeviceGate) -> None:
     async with behind(device, gate):
         device.abandon("it does not come back")
-        assert device.seconds_left("B", 8) == 0
+        assert device.seconds_left("B", 8, 0) == 0
 
 
 async def test_a_program_that_runs_in_its_dispatch_has_its_time_counted(gate: DeviceGate) -> None:

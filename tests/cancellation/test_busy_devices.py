@@ -17,6 +17,7 @@ import trio.testing
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 import triton_trio
+from tests.backends.test_compiles import Compiler
 from tests.backends.world import COUNTDOWN, COUNTDOWN_CONFIG, countdown, until, write_model
 from triton_trio import InferenceRequest, Outcome, Reason
 from triton_trio.backends.jax import DeviceState, Executor, JaxBackend, Turn
@@ -179,6 +180,85 @@ async def test_C1_a_model_whose_own_code_does_not_let_go_loses_its_instance_and_
             await pass_time(mock_clock, 10 * LIMIT)
 
 
+AFTER_RUN = """
+import trio
+
+def bump(x):
+    return x + 1
+
+async def run(ctx, params, inputs):
+    y = await ctx.run(bump, inputs["X"])
+    with trio.CancelScope(shield=True):
+        await trio.sleep(float(inputs["X"][0, 0]))
+    return {"Y": y}
+"""
+
+
+async def test_law_6_a_model_whose_own_code_does_not_let_go_is_found_though_a_program_of_its_was_not_fetched(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    """Nobody waits for that program's end, so the device thread had not heard of it, and the device seemed to get on."""
+    write_model(tmp_path, AFTER_RUN, VECTOR, name="stubborn", max_batch_size=1)
+    gate = DeviceGate()
+    gate.open()
+    async with opened(tmp_path, gate) as (server, backend):
+        stubborn = scheduled(server, "stubborn")
+        async with trio.open_nursery() as clients:
+            before = gate.dispatched
+            request = stubborn.request(vector(20 * LIMIT))
+            clients.start_soon(ask, stubborn, request)
+            await until(lambda: gate.dispatched == before + 1)
+            await wait_all_tasks_blocked()
+            request.cancel(Reason.ADMIN)
+            await pass_time(mock_clock, 1.1 * LIMIT)
+            assert stubborn.instances[0].state is InstanceState.QUARANTINED
+            assert state(backend) is DeviceState.READY
+            mock_clock.jump(20 * LIMIT)
+
+
+async def test_B5_of_time_in_which_nobody_could_run_a_program_that_has_just_begun_has_lost_nothing(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    gate = Watched()
+    async with short_behind_long(tmp_path, gate) as (backend, _, left, wanted):
+        left.cancel(Reason.ADMIN)
+        await pass_time(mock_clock, 0.95 * LIMIT)
+        gate.let_end()
+        await until(lambda: wanted.outcome is Outcome.OK)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(1000)
+        await wait_all_tasks_blocked()
+        await pass_time(mock_clock, 0.9 * LIMIT)
+        assert state(backend) is DeviceState.READY
+        await pass_time(mock_clock, 0.2 * LIMIT)
+        assert state(backend) is DeviceState.DEAD
+
+
+async def test_rows_that_are_kept_are_watched_when_nobody_waits_any_more(tmp_path: Path, mock_clock: MockClock) -> None:
+    narrow = (
+        'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } } '
+        "sequence_batching { oldest {} }"
+    )
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG + narrow, name="m", buckets=2, max_batch_size=2, ladder=1)
+    gate = Watched()
+    async with opened(tmp_path, gate) as (server, backend), trio.open_nursery() as clients:
+        model = scheduled(server, "m")
+        requests = [model.request(countdown(100), sequence_id=7 + row, sequence_start=True) for row in range(2)]
+        for request in requests:
+            clients.start_soon(ask, model, request)
+        await gate.wait_dispatched(2)
+        await wait_all_tasks_blocked()
+        batch = model.instances[0].batch
+        assert batch is not None
+        assert len(batch.members) == 2
+        requests[0].cancel(Reason.ADMIN)
+        await pass_time(mock_clock, 3 * LIMIT)
+        assert state(backend) is DeviceState.READY  # it computes for the other, and takes what it takes
+        requests[1].cancel(Reason.ADMIN)
+        await pass_time(mock_clock, 1.1 * LIMIT)
+        assert state(backend) is DeviceState.DEAD
+
+
 async def test_B5_a_row_that_is_kept_for_its_sequence_is_watched_too(tmp_path: Path, mock_clock: MockClock) -> None:
     """It may take its time, but a device that hangs is noticed though nobody's cancel stops it."""
     narrow = 'parameters { key: "executing_cancel_ends_sequence" value { string_value: "false" } } sequence_batching {}'
@@ -255,6 +335,110 @@ async def test_C8_a_trial_that_does_not_end_can_be_left_and_its_device_is_given_
         device.end.set()
 
 
+class Stepwise(Executor):
+    """Programs end one by one, those at load too."""
+
+    def __init__(self) -> None:
+        self.waits = 0
+        self.permits = threading.Semaphore(0)
+
+    def wait(self, turn: Turn) -> None:
+        self.waits += 1
+        self.permits.acquire(timeout=30)
+        turn.wait()
+
+
+OWN_LIMIT = """
+import trio
+
+def slow(x):
+    return x + 1
+
+async def run(ctx, params, inputs):
+    with trio.move_on_after(1):
+        await ctx.fetch(slow, inputs["X"])
+    return {"Y": await ctx.fetch(slow, inputs["X"])}
+"""
+
+
+async def test_C8_a_trial_with_a_limit_of_its_own_is_still_wanted(tmp_path: Path, mock_clock: MockClock) -> None:
+    write_model(tmp_path, OWN_LIMIT, VECTOR, name="m", max_batch_size=1)
+    device = Stepwise()
+    async with opened(tmp_path, device, explicit=True) as (server, backend), trio.open_nursery() as nursery:
+        nursery.start_soon(server.load_model, "m")
+        await until(lambda: device.waits == 1)
+        await wait_all_tasks_blocked()
+        mock_clock.jump(2)
+        await wait_all_tasks_blocked()
+        device.permits.release()
+        await until(lambda: device.waits == 2)
+        await wait_all_tasks_blocked()
+        await pass_time(mock_clock, 2 * LIMIT)
+        assert state(backend) is DeviceState.READY
+        device.permits.release(10)
+
+
+async def test_C8_a_cancel_behind_a_trial_that_somebody_wants_costs_nobody_the_device(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, name="m", buckets=1, max_batch_size=1, ladder=1, warmup="false")
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, name="slow", buckets=1, max_batch_size=1)
+    device = StuckTrial()
+    async with opened(tmp_path, device, explicit=True, load_models=["m"]) as (server, backend):
+        async with trio.open_nursery() as nursery:
+            model = scheduled(server, "m")
+            request = model.request(countdown(10_000_000))
+            nursery.start_soon(ask, model, request)
+            nursery.start_soon(server.load_model, "slow")
+            await until(device.tried.is_set)
+            request.cancel(Reason.ADMIN)
+            await pass_time(mock_clock, 3 * LIMIT)
+            assert state(backend) is DeviceState.READY
+            device.end.set()
+        assert server.model("slow").ready
+
+
+async def test_C8_of_time_in_which_nobody_could_run_a_load_that_was_left_loses_nothing(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    write_model(tmp_path, COUNTDOWN, COUNTDOWN_CONFIG, name="m", buckets=1, max_batch_size=1)
+    device = StuckTrial()
+    async with opened(tmp_path, device, explicit=True) as (server, backend), trio.open_nursery() as nursery:
+        loading = trio.CancelScope()
+
+        async def load() -> None:
+            with loading:
+                await server.load_model("m")
+
+        nursery.start_soon(load)
+        await until(device.tried.is_set)
+        await wait_all_tasks_blocked()
+        loading.cancel()
+        await wait_all_tasks_blocked()
+        mock_clock.jump(1000)
+        await wait_all_tasks_blocked()
+        assert state(backend) is DeviceState.READY
+        device.end.set()
+
+
+async def test_C8_a_trial_that_does_not_let_go_by_itself_is_not_the_devices_fault(
+    tmp_path: Path, mock_clock: MockClock
+) -> None:
+    """Its load is left, and its own code goes on: for as long as it likes, for the device has nothing to do with it."""
+    write_model(tmp_path, STUBBORN.replace('float(inputs["X"][0, 0])', "100"), VECTOR, name="m", max_batch_size=1)
+    write_model(tmp_path, APPLY, VECTOR, name="beside", buckets=1, max_batch_size=1)
+    async with opened(tmp_path, Executor(), explicit=True, load_models=["beside"]) as (server, backend):
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(server.load_model, "m")
+            await until(lambda: len(device_jobs(backend)) == 1)
+            nursery.cancel_scope.cancel()
+            with trio.CancelScope(shield=True):
+                await pass_time(mock_clock, 3 * LIMIT)
+                assert state(backend) is DeviceState.READY
+                mock_clock.jump(100)
+        assert (await scheduled(server, "beside").infer(vector(1))).outputs["Y"].tolist() == [[2, 1]]
+
+
 def device_jobs(backend: JaxBackend) -> list[triton_trio.backends.jax.DeviceJob]:
     return [job for thread, _ in backend._devices._threads.values() for job in thread.jobs]
 
@@ -301,6 +485,19 @@ async def test_a_request_leaves_while_its_shape_is_compiled_and_the_shape_is_the
         tracing.go_on.set()
         assert (await model.infer(vector(1))).outputs["Y"].tolist() == [[2, 1]]
         assert tracing.times == 1
+
+
+async def test_a_compiler_that_is_slow_at_load_is_not_said_to_be_the_device(
+    tmp_path: Path, mock_clock: MockClock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    compiler = Compiler(monkeypatch)
+    write_model(tmp_path, OWN_LIMIT, VECTOR, name="m", max_batch_size=1)
+    async with opened(tmp_path, Executor(), explicit=True) as (server, _), trio.open_nursery() as nursery:
+        nursery.start_soon(server.load_model, "m")
+        await until(lambda: compiler.begun == 1)
+        await pass_time(mock_clock, 2 * LIMIT)
+        compiler.permits.release(10)
+    assert "has not come back from device" not in caplog.text
 
 
 async def test_an_unload_waits_for_the_compiler_and_gives_nothing_up(

@@ -147,7 +147,7 @@ async def test_a_backend_that_knows_its_device_has_the_last_word(
     asked: list[float] = []
     answers = [3.0, 2.0, 0.0]
 
-    def time_left(self: ScriptedInstance, limit: float) -> float:
+    def time_left(self: ScriptedInstance, limit: float, unseen: float) -> float:
         asked.append(trio.current_time())
         assert limit == 5
         return answers[len(asked) - 1]

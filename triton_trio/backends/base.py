@@ -84,7 +84,7 @@ class BackendInstance(ABC):
         """What the backend counts for this instance: a frozen object with named fields, or None."""
         return None
 
-    def time_left(self, limit: float) -> float | None:
+    def time_left(self, limit: float, unseen: float) -> float | None:
         """The release limit has passed, and :meth:`execute` has not: for how many seconds may its device go on?  Sync.
 
         More than 0 where the device does get on, or waits for what somebody else wants: it is asked again after that.  None,
@@ -92,6 +92,7 @@ class BackendInstance(ABC):
 
         Args:
           limit: the release limit, seconds.
+          unseen: seconds just past in which nobody could run: see :func:`~triton_trio.scopes.wait_in_parts`.
         """
         return None
 

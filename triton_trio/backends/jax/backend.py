@@ -91,9 +91,9 @@ class JaxInstance(BackendInstance):
         """Of the model on this instance's device, which several instances may share."""
         return self._placed.statistics()
 
-    def time_left(self, limit: float) -> float | None:
+    def time_left(self, limit: float, unseen: float) -> float | None:
         device = self._placed.device
-        return device.seconds_left(self._batch, limit) if device.holds(self._batch) else None
+        return device.seconds_left(self._batch, limit, unseen) if device.holds(self._batch) else None
 
     def abandon(self) -> bool:
         device = self._placed.device

@@ -70,13 +70,13 @@ class DeviceStatistics:
     dropped: int  #: completions that came when nobody could take them any more
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class AtWork:
     """What a device thread waits for: the oldest program on the device, or a dispatch."""
 
     job: DeviceJob
     turn: Turn
-    since: float  #: when the thread turned to it, by Trio's clock, as all that watches
+    since: float  #: when the thread turned to it, by Trio's clock, as all that watches; later, if nobody could run meanwhile
     expected: float = 0.0  #: seconds that it is known to take, at least
 
 
@@ -210,24 +210,28 @@ class DeviceThread:
                 job.abandon(why)
 
     def holds(self, owner: object) -> bool:
-        """Whether programs of ``owner`` are on the device, or on their way there."""
-        return any(job.owner is owner and job.in_flight for job in self.jobs)
+        """Whether ``owner`` waits for programs of theirs that are on the device, or on their way there."""
+        return any(job.owner is owner and job.in_flight and job.waiting for job in self.jobs)
 
-    def seconds_left(self, owner: object, limit: float) -> float:
+    def seconds_left(self, owner: object, limit: float, unseen: float) -> float:
         """For how long the device may go on with the programs of ``owner``, which nobody wants any more; 0: not any longer.
 
         A program may take ``limit`` seconds more than it is known to, from when it was its turn.  A program ahead of them that
-        somebody's request wants may take what it takes: a cancel costs nobody else their device.
+        somebody wants may take what it takes: a cancel costs nobody else their device.
+
+        Args:
+          unseen: seconds just past in which nobody could run, the device neither: see :func:`~triton_trio.scopes.wait_in_parts`.
         """
         if self.state is not DeviceState.READY:
             return 0.0
         at_work = self._at_work  # once: the other thread sets it
         if at_work is None:  # between two programs
             return limit
-        job = at_work.job
-        if not (job.owner is owner or job.draining or job.trial):
+        if not (at_work.job.owner is owner or at_work.job.draining):
             return limit
-        return max(0.0, at_work.since + at_work.expected + limit - self._watch_clock())
+        now = self._watch_clock()
+        at_work.since = min(now, at_work.since + unseen)
+        return max(0.0, at_work.since + at_work.expected + limit - now)
 
     def count_cancel(self, seconds: float) -> None:
         """A cancelled job's device is idle, ``seconds`` after the cancel."""

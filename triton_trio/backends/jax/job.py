@@ -14,6 +14,7 @@ import trio
 
 from ...errors import InternalError, Unavailable
 from ...groups import WithoutGroups
+from ...scopes import wait_in_parts
 from .device import DeviceState
 from .memory import failure_text
 
@@ -38,28 +39,24 @@ async def open_trial(device: DeviceThread, name: str, limit: float) -> AsyncIter
 
     **Cancellation:** as a job's, but for ``limit``: if the device has not let go by then, it is given up.
     """
-    owner, left, ended = object(), trio.Event(), trio.Event()
+    owner, ended = object(), trio.Event()
 
     with WithoutGroups(nurseries=1):
         async with trio.open_nursery() as nursery:
-            # Owner: this nursery; ends with the block.
-            nursery.start_soon(_watch_trial, device, name, owner, limit, left, ended, name=f"trial of {name}")
+            # Owner: this nursery; ends with the block, or is cancelled with it.
+            nursery.start_soon(_watch_trial, device, name, owner, limit, ended, name=f"trial of {name}")
             try:
-                async with DeviceJob(device, name, owner=owner, trial=True, on_join=left.set) as job:
+                async with DeviceJob(device, name, owner=owner) as job:
                     yield job
             finally:
                 ended.set()
-                left.set()
 
 
-async def _watch_trial(
-    device: DeviceThread, name: str, owner: object, limit: float, left: trio.Event, ended: trio.Event
-) -> None:
-    # Shielded, for a cancel is what it bounds; it ends with the block, or at the limit.
-    with trio.CancelScope(shield=True):
+async def _watch_trial(device: DeviceThread, name: str, owner: object, limit: float, ended: trio.Event) -> None:
+    try:
         with trio.move_on_after(limit):
-            await left.wait()
-        if not left.is_set():
+            await ended.wait()
+        if not ended.is_set() and device.holds(owner):
             LOGGER.warning(
                 "%s is being tried on zeros, and has not come back from device %s for %.1f s; whoever else is there waits for "
                 "it. If it never ends on zeros, unload it, and set the parameter warmup to 'false' in config.pbtxt",
@@ -67,13 +64,16 @@ async def _watch_trial(
                 device.name,
                 limit,
             )
-        await left.wait()
-        seconds = limit
-        while seconds > 0 and not ended.is_set():
-            with trio.move_on_after(seconds):
-                await ended.wait()
-            seconds = device.seconds_left(owner, limit) if device.holds(owner) else limit
-    if not ended.is_set():
+        await ended.wait()
+    except trio.Cancelled:  # noqa: ASYNC103  # the block has its own, which goes on; two would be a group
+        # The load has been left.  Shielded, for that is what it bounds; it ends with the block, or at the limit.
+        with trio.CancelScope(shield=True):
+            seconds = limit
+            while seconds > 0:
+                unseen = await wait_in_parts(ended, seconds)
+                if unseen is None:
+                    return  # noqa: ASYNC104  # as above
+                seconds = device.seconds_left(owner, limit, unseen)
         device.abandon(f"what {name} was tried with did not end within {limit:.1f} s, when its load was left")
 
 
@@ -82,9 +82,7 @@ class DeviceJob:
 
     Args:
       owner: who asks the device whether anything of theirs is there, should it not let go: see :meth:`DeviceThread.seconds_left`.
-      trial: of a model that is tried at load; nobody's request waits for it.
       late: a turn is put onto the device only when the one before it is about to end.
-      on_join: told when the job is left, and the device has to be waited for.
 
     **Cancellation:** :meth:`next` and :meth:`call` are where it is cancelled.  There, and when the block is left for
     another reason, the exception passes on when the device is idle for this job.  Only :meth:`DeviceThread.abandon` ends
@@ -97,15 +95,11 @@ class DeviceJob:
         name: str,
         *,
         owner: object = None,
-        trial: bool = False,
         late: bool = False,
-        on_join: Callable[[], None] = lambda: None,
     ) -> None:
         self.device = device
         self.name = name
         self.owner = owner
-        self.trial = trial
-        self._on_join = on_join
         self.late = late
         # Of both threads.  The lock is held for a few instructions, never during a dispatch.  It makes "not marked, so
         # one more is on the device" and "marked; is any on the device?" one after the other.
@@ -131,6 +125,7 @@ class DeviceJob:
         self._cancel_counted = False
         self._steps_at_cancel: int | None = None
         self._seconds_at_cancel: float | None = None
+        self.cancelled_at = 0.0  #: the last time, by Trio's clock
         self._abandoned = ""
 
     async def __aenter__(self) -> DeviceJob:
@@ -166,6 +161,11 @@ class DeviceJob:
     def seconds_after_cancel(self) -> float:
         """Device time of the same."""
         return 0.0 if self._seconds_at_cancel is None else self.device_seconds - self._seconds_at_cancel
+
+    @property
+    def waiting(self) -> bool:
+        """Its task waits for the device, and does nothing else meanwhile."""
+        return self._task is not None
 
     def submit(self, *turns: Turn) -> None:
         """Get in line; sync.  :meth:`next` returns the turns when they are complete, in this order.
@@ -244,6 +244,7 @@ class DeviceJob:
         if cancelled:
             self._steps_at_cancel = self.steps
             self._seconds_at_cancel = self.device_seconds
+            self.cancelled_at = trio.current_time()
             self._cancel_counted = True
         with self._lock:
             self._submitted -= len(self.turns)
@@ -258,7 +259,6 @@ class DeviceJob:
                 self.device.count_cancel(0.0)
             return False
         self._joining = True
-        self._on_join()
         self._cancelled = cancelled
         self.device.mail.put(self)
         return True

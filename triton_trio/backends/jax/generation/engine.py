@@ -246,9 +246,9 @@ class SlotEngine:
         self._work.set()
         return tokens
 
-    def seconds_left(self, limit: float) -> float:
+    def seconds_left(self, limit: float, unseen: float) -> float:
         """See :meth:`DeviceThread.seconds_left`."""
-        return self._device.seconds_left(self, limit)
+        return self._device.seconds_left(self, limit, unseen)
 
     def abandon(self) -> None:
         """The device does not come back."""

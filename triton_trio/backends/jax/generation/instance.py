@@ -72,8 +72,8 @@ class TextInstance(BackendInstance):
         """Of the model on this device, which all its slots share."""
         return self._engine.statistics()
 
-    def time_left(self, limit: float) -> float | None:
-        return self._engine.seconds_left(limit) if self._on_device else None
+    def time_left(self, limit: float, unseen: float) -> float | None:
+        return self._engine.seconds_left(limit, unseen) if self._on_device else None
 
     def abandon(self) -> bool:
         if self._on_device:

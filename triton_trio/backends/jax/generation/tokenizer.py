@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -173,7 +172,7 @@ class TextStream:
         if text.startswith(self._prefix):
             return text[len(self._prefix) :]
         if self._prefix.endswith(BROKEN):  # the prompt's end, a character that is complete only now
-            return text[len(os.path.commonprefix((text, self._prefix))) :]
+            return text.removeprefix(self._prefix.rstrip(BROKEN))
         # Tokens of single bytes: together they are no text any more, and what is out stays as it is.
         return self._tokenizer.decode(tokens)
 
