@@ -78,13 +78,32 @@ class DeadlineExceeded(TritonError):
 def no_panic(what: str, error: type[TritonError] = InternalError) -> Iterator[None]:
     """Raise ``error`` for a panic of a library in Rust: it comes as a BaseException, and would end the server as Ctrl-C does.
 
+    The same for one that comes out of nurseries, unless something is with it that must go on: a cancel, or a Ctrl-C.
+
     Args:
       what: the beginning of the message.
     """
     try:
         yield
     except BaseException as exc:
-        # PyO3's PanicException; no module has the class, so there is no other way to know it.
-        if type(exc).__module__ != "pyo3_runtime":
+        panic = _panic(exc)
+        if panic is None:
             raise
-        raise error(f"{what}: {type(exc).__name__}: {exc}") from None  # noqa: ASYNC104  # no Cancelled is of that module
+        raise error(f"{what}: {type(panic).__name__}: {panic}") from None  # noqa: ASYNC104  # no Cancelled is in it
+
+
+def _panic(exc: BaseException) -> BaseException | None:
+    if not isinstance(exc, BaseExceptionGroup):
+        return exc if _is_panic(exc) else None
+    panics, others = exc.split(_is_panic)
+    if panics is None or not (others is None or isinstance(others, Exception)):
+        return None
+    first: BaseException = panics
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first
+
+
+def _is_panic(exc: BaseException) -> bool:
+    # PyO3's PanicException; no module has the class, so there is no other way to know it.
+    return type(exc).__module__ == "pyo3_runtime"

@@ -166,7 +166,8 @@ class ModelInstance:
         )
         self.state = InstanceState.EXECUTING
         try:
-            with batch.scope.cancel_scope, no_panic(f"model '{self.model.name}' failed"):
+            # The scope inside: a panic comes alone only without the cancels of the model's own tasks.
+            with no_panic(f"model '{self.model.name}' failed"), batch.scope.cancel_scope:
                 await self._backend.execute(batch)
         except TritonError as exc:
             self._fail_live(batch, exc)
