@@ -11,11 +11,11 @@ import trio
 from trio.testing import MockClock, wait_all_tasks_blocked
 
 from tests.callers import calling
-from triton_trio import InvalidArgument, Reason, Unavailable
+from triton_trio import InternalError, InvalidArgument, Reason, Unavailable
 from triton_trio.backends import BackendModel, ModelContext
 from triton_trio.testing import ScriptedBackend, scripted_config
 
-from .world import LIMITS, workers
+from .world import LIMITS, PanicException, workers
 
 PLAIN = scripted_config()
 
@@ -35,6 +35,33 @@ async def test_what_the_load_raises_in_the_worker_is_what_the_client_reads(
                 await server.load_model("m")
             await wait_all_tasks_blocked()
             assert await backend.child.wait() is not None
+        setattr(hosted, where, None)
+
+
+@pytest.mark.parametrize(
+    ("exc", "text"),
+    [
+        (ValueError("no"), "ValueError: no"),
+        (SystemExit(3), "SystemExit: 3"),
+        (PanicException("index out of bounds"), "PanicException: index out of bounds"),
+        (BaseExceptionGroup("its tasks", [SystemExit(3)]), "BaseExceptionGroup: its tasks (1 sub-exception)"),
+    ],
+    ids=str,
+)
+async def test_whatever_the_load_raises_is_told_as_if_it_were_in_the_server(
+    tmp_path: Path, autojump_clock: MockClock, exc: BaseException, text: str
+) -> None:
+    hosted = ScriptedBackend()
+
+    async def fail(name: str) -> None:
+        raise exc
+
+    for where in ("on_open_model", "on_open_instance"):
+        setattr(hosted, where, fail)
+        async with workers(tmp_path, PLAIN, hosted, explicit=True) as (server, _):
+            with pytest.raises(InternalError) as caught:
+                await server.load_model("m")
+            assert caught.value.message == f"load failed for model 'm': {text}"
         setattr(hosted, where, None)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -31,7 +30,7 @@ from triton_trio.backends.worker.messages import (
 from triton_trio.instance import InstanceState
 from triton_trio.testing import ScriptedBackend, scripted_config
 
-from .world import LIMITS, workers
+from .world import LIMITS, PanicException, workers
 
 PLAIN = scripted_config()
 BATCHING = scripted_config(max_batch_size=8, batching="max_queue_delay_microseconds: 1000")
@@ -251,18 +250,58 @@ async def test_law_8_what_a_worker_that_falls_had_sent_is_no_whole_answer(
         assert len(backend.children) == 2
 
 
-async def test_a_model_that_ends_the_program_ends_its_own_requests_only(
-    tmp_path: Path, autojump_clock: MockClock
+BAD = [
+    (SystemExit(3), "SystemExit: 3"),
+    (PanicException("index out of bounds"), "PanicException: index out of bounds"),
+    (BaseExceptionGroup("its tasks", [SystemExit(3), KeyError(1)]), "BaseExceptionGroup: its tasks (2 sub-exceptions)"),
+    (BaseExceptionGroup("its tasks", [PanicException("no")]), "PanicException: no"),
+]
+
+
+def raise_(exc: BaseException) -> None:
+    raise exc
+
+
+@pytest.mark.parametrize(("exc", "text"), BAD, ids=str)
+async def test_whatever_a_model_raises_is_the_error_of_its_own_requests_only(
+    tmp_path: Path, autojump_clock: MockClock, exc: BaseException, text: str
 ) -> None:
     hosted = ScriptedBackend()
     config = scripted_config(instances=2)
     async with workers(tmp_path, config, hosted) as (server, backend), calling(server.model("m")) as callers:
         a, b = [await callers.call(label) for label in "ab"]
         first, second = await hosted.wait_execution(0), await hosted.wait_execution(1)
-        first.call(lambda: sys.exit(3))
+        first.call(lambda: raise_(exc))
         await a.ended.wait()
-        assert a.error.message == "model 'm' failed: SystemExit: 3"
+        assert a.error.message == f"model 'm' failed: {text}"
         second.finish()
+        await b.ended.wait()
+        assert b.outcome is Outcome.OK
+        assert len(backend.children) == 1
+
+
+@pytest.mark.parametrize("exc", [SystemExit(3), PanicException("no")], ids=str)
+async def test_what_a_model_raises_when_it_is_cancelled_is_no_loss_of_its_worker(
+    tmp_path: Path, autojump_clock: MockClock, exc: BaseException
+) -> None:
+    async def compute() -> bool:
+        async def fail() -> None:
+            try:
+                await trio.sleep_forever()
+            finally:
+                raise exc
+
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(fail)
+            await trio.sleep_forever()
+
+    hosted = ScriptedBackend()
+    async with workers(tmp_path, PLAIN, hosted) as (server, backend), calling(server.model("m")) as callers:
+        a, b = [await callers.call(label) for label in "ab"]
+        (await hosted.wait_execution(0))._send.send_nowait(compute)
+        await wait_all_tasks_blocked()
+        a.leave()
+        (await hosted.wait_execution(1)).finish()
         await b.ended.wait()
         assert b.outcome is Outcome.OK
         assert len(backend.children) == 1

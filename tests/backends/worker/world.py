@@ -22,6 +22,13 @@ from triton_trio.testing import ScriptedBackend, open_test_server
 LIMITS = WorkerLimits(start=10, reload=20, reload_factor=0, close=3, reap=2, restarts=3, window=60, delay=1)
 
 
+class PanicException(BaseException):
+    """As PyO3 raises it for a panic in Rust."""
+
+
+PanicException.__module__ = "pyo3_runtime"
+
+
 class TaskChild:
     """A worker that is a task: killed, it has no time for anything, just as a process."""
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import trio
 
 from ...config import ModelConfig
-from ...errors import InternalError, TritonError
+from ...errors import InternalError, TritonError, no_panic
 from ...scopes import Reason, SequenceEnd, SequenceEndCause
 from ..availability import Availability
 from ..base import Backend, BackendInstance, BackendModel, ModelContext, Placement
@@ -88,21 +88,28 @@ class Host:
     async def _serve(self, nursery: trio.Nursery) -> None:
         async with AsyncExitStack() as stack:
             async for wanted in self._wanted:
+                if isinstance(wanted, OpenModel):
+                    self._config, self._version = read_config(wanted.config), wanted.version
+                assert self._config is not None
+                failed = f"load failed for model '{self._config.name}'"  # the server's own words
                 try:
-                    opened = await self._open(stack, wanted, nursery)
+                    with no_panic(failed):
+                        opened = await self._open(stack, wanted, self._config, nursery)
                 except TritonError as exc:
                     self._connection.post(Refused(write_error(exc)))
-                except Exception as exc:
+                except (Exception, SystemExit, BaseExceptionGroup) as exc:
+                    if not _is_error(exc):
+                        raise
                     LOGGER.exception("opening failed")
-                    error = InternalError(f"{type(exc).__name__}: {exc}")
+                    error = InternalError(f"{failed}: {type(exc).__name__}: {exc}")
                     self._connection.post(Refused(write_error(error)))
                 else:
                     self._connection.post(opened)
 
-    async def _open(self, stack: AsyncExitStack, wanted: OpenModel | OpenInstance, nursery: trio.Nursery) -> Message:
+    async def _open(
+        self, stack: AsyncExitStack, wanted: OpenModel | OpenInstance, config: ModelConfig, nursery: trio.Nursery
+    ) -> Message:
         if isinstance(wanted, OpenModel):
-            config = self._config = read_config(wanted.config)
-            self._version = wanted.version
             context = ModelContext(
                 config,
                 wanted.version,
@@ -180,15 +187,18 @@ class Host:
         nursery.start_soon(self._execute, message.execution, batch, name=f"execution on {message.instance}")
 
     async def _execute(self, number: int, batch: HostedBatch) -> None:
+        assert self._config is not None
+        name = self._config.name
         error: TritonError | None = None
         try:
-            with batch.scope.cancel_scope:
+            # The scope inside: what a model raises comes alone only without the cancels of the model's own tasks.
+            with no_panic(f"model '{name}' failed"), batch.scope.cancel_scope:
                 await self._instances[batch.name].execute(batch)
         except TritonError as exc:
             error = type(exc)(*exc.args)  # without the frames, which hold tensors
-        except (Exception, SystemExit) as exc:  # whatever a model raises is that request's error
-            assert self._config is not None
-            name = self._config.name
+        except (Exception, SystemExit, BaseExceptionGroup) as exc:  # whatever a model raises is that request's error
+            if not _is_error(exc):
+                raise
             LOGGER.exception("model %s version %d failed in execute", name, self._version)
             error = InternalError(f"model '{name}' failed: {type(exc).__name__}: {exc}")
         finally:
@@ -206,6 +216,11 @@ class Host:
 
     def _report(self, name: str) -> None:
         self._connection.post(Report(name, write_statistics(self._instances[name].statistics())))
+
+
+def _is_error(exc: BaseException) -> bool:
+    """Whether it is a model's, or a group of such: not with a cancel in it, which must go on."""
+    return not isinstance(exc, BaseExceptionGroup) or exc.split((Exception, SystemExit))[1] is None
 
 
 def _on(config: ModelConfig) -> Iterable[tuple[str, int]]:
