@@ -164,6 +164,10 @@ SERVER = """
 
     async def main():
         async with processes(Path(sys.argv[1])) as server:
+            if "fork" in sys.argv and os.fork() == 0:
+                os.close(1)
+                sys.stdin.read()  # and it has all that the server had, for as long as the test goes on
+                os._exit(0)
             model = server.model("m")
             await model.infer(model.request(INPUTS, parameters={"do": sys.argv[2]}))
 
@@ -171,14 +175,14 @@ SERVER = """
 """
 
 
-@pytest.mark.parametrize("do", ["hang", "hold", "start_and_hang"])
-async def test_no_process_outlives_a_server_that_was_killed_whatever_it_hangs_in(tmp_path: Path, do: str) -> None:
+@pytest.mark.parametrize("do", [["hang"], ["hold"], ["start_and_hang"], ["hang", "fork"]], ids="-".join)
+async def test_no_process_outlives_a_server_that_was_killed_whatever_it_hangs_in(tmp_path: Path, do: list[str]) -> None:
     with trio.fail_after(30):
         process = await trio.lowlevel.open_process(
-            [sys.executable, "-c", dedent(SERVER), str(tmp_path), do], stdout=subprocess.PIPE
+            [sys.executable, "-c", dedent(SERVER), str(tmp_path), *do], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
-        assert process.stdout is not None
-        async with process.stdout:
+        assert process.stdin is not None and process.stdout is not None
+        async with process.stdin, process.stdout:
             said = b""
             while not said.endswith(b"\n"):
                 said += await process.stdout.receive_some()

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Protocol
@@ -15,6 +16,36 @@ from typing import Protocol
 import trio
 
 from .logs import levels
+
+#: The writing ends of the pipes of workers that live.
+_lifelines: set[int] = set()
+#: Held while one is made or closed, so that nobody forks who could not know of it.  Reentrant: a finalizer may fork anywhere.
+_forking = threading.RLock()
+
+
+def _open_lifeline() -> tuple[int, int]:
+    """The worker's end, and ours."""
+    with _forking:
+        theirs, ours = os.pipe()
+        _lifelines.add(ours)
+    return theirs, ours
+
+
+def _close_lifeline(fd: int) -> None:
+    with _forking:
+        _lifelines.remove(fd)
+        os.close(fd)
+
+
+def _close_after_fork() -> None:
+    """In a child that was forked: a copy of the server must not keep the server's workers alive."""
+    while _lifelines:
+        os.close(_lifelines.pop())
+    _forking.release()
+
+
+# What is executed anew has none of them, for they are not inheritable; a fork alone (multiprocessing's) would have them all.
+os.register_at_fork(before=_forking.acquire, after_in_parent=_forking.release, after_in_child=_close_after_fork)
 
 
 class Child(Protocol):
@@ -57,7 +88,7 @@ class ChildProcess:
             self.kill()  # what it has left behind
             self._code = await self._process.wait()
             os.close(self._ended)
-            os.close(self._lifeline)
+            _close_lifeline(self._lifeline)
         return self._code
 
 
@@ -91,8 +122,8 @@ async def launch(factory: str, environment: Mapping[str, str]) -> ChildProcess:
         our_socket, their_socket = socket.socketpair()
         ours.enter_context(our_socket)
         theirs.enter_context(their_socket)
-        their_lifeline, our_lifeline = os.pipe()
-        ours.callback(os.close, our_lifeline)
+        their_lifeline, our_lifeline = _open_lifeline()
+        ours.callback(_close_lifeline, our_lifeline)
         theirs.callback(os.close, their_lifeline)
         passed = (their_socket.fileno(), their_lifeline)
         command = python("-m", f"{__package__}", *map(str, passed), factory, json.dumps(levels()))
