@@ -292,6 +292,19 @@ async def test_sequences_are_scheduled_again_and_their_end_is_told(tmp_path: Pat
         assert (name, end.sequence_id, end.cause) == ("m_0_0", 5, SequenceEndCause.END)
 
 
+async def test_the_end_of_a_sequence_whose_id_is_too_long_is_not_told(
+    tmp_path: Path, autojump_clock: MockClock
+) -> None:
+    hosted = ScriptedBackend(automatic=True)
+    config = scripted_config(max_batch_size=2, sequences="direct {}")
+    async with workers(tmp_path, config, hosted) as (server, _), calling(server.model("m")) as callers:
+        for sequence_id in ("x" * (1 << 20) + "x", "x" * (1 << 19)):
+            a = await callers.call("a", rows=1, sequence_id=sequence_id, sequence_start=True, sequence_end=True)
+            await a.ended.wait()
+            await wait_all_tasks_blocked()
+        assert [len(end.sequence_id) for _, end in hosted.sequence_ends] == [1 << 19]
+
+
 async def test_a_row_that_nobody_fills_is_one_in_the_worker_too(tmp_path: Path, autojump_clock: MockClock) -> None:
     config = scripted_config(max_batch_size=2, sequences="direct {}")
     hosted = ScriptedBackend()

@@ -10,6 +10,7 @@ import trio
 
 from ...groups import WithoutGroups
 from ..base import BackendInstance, BackendModel, ModelContext, Placement
+from .execution import LONGEST
 from .messages import EndSequence
 from .worker import Worker, WorkerLimits, WorkerStatistics
 
@@ -31,6 +32,8 @@ class WorkerInstance(BackendInstance):
         await self._worker.execute(self._name, batch)
 
     def on_sequence_end(self, end: SequenceEnd) -> None:
+        if isinstance(end.sequence_id, str) and len(end.sequence_id) > LONGEST:
+            return  # every request of it was refused: the worker has heard of none, and would stand still for the header
         reason = None if end.reason is None else end.reason.value
         self._worker.post(EndSequence(self._name, end.sequence_id, end.generation, end.cause.value, reason))
 
