@@ -13,6 +13,7 @@ from trio.testing import MockClock, wait_all_tasks_blocked
 from tests.callers import calling
 from triton_trio import InternalError, InvalidArgument, Reason, Unavailable
 from triton_trio.backends import BackendModel, ModelContext
+from triton_trio.backends.worker.messages import Hello, InstanceOpened, Message, ModelOpened
 from triton_trio.testing import ScriptedBackend, scripted_config
 
 from .world import LIMITS, PanicException, workers
@@ -63,6 +64,32 @@ async def test_whatever_the_load_raises_is_told_as_if_it_were_in_the_server(
                 await server.load_model("m")
             assert caught.value.message == f"load failed for model 'm': {text}"
         setattr(hosted, where, None)
+
+
+@pytest.mark.parametrize(
+    ("where", "answer"),
+    [
+        ("on_open_model", InstanceOpened("m_0")),
+        ("on_open_model", Hello()),
+        ("on_open_instance", ModelOpened([("KIND_CPU", 0, 1)])),
+        ("on_open_instance", Hello()),
+    ],
+    ids=str,
+)
+async def test_an_answer_to_another_question_is_none(
+    tmp_path: Path, autojump_clock: MockClock, caplog: pytest.LogCaptureFixture, where: str, answer: Message
+) -> None:
+    hosted = ScriptedBackend()
+    async with workers(tmp_path, PLAIN, hosted, explicit=True) as (server, backend):
+
+        async def mistake(name: str) -> None:
+            backend.child.connection.post(answer)
+            raise InvalidArgument("and this would end the wait, had the answer been taken for one")
+
+        setattr(hosted, where, mistake)
+        with pytest.raises(Unavailable, match="said what makes no sense"):
+            await server.load_model("m")
+        assert f"nobody has asked for {type(answer).__name__}(" in caplog.text
 
 
 async def test_a_worker_that_dies_in_the_load_fails_the_load(tmp_path: Path, autojump_clock: MockClock) -> None:
