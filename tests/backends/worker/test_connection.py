@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import socket
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -240,6 +242,20 @@ def test_levels_are_those_that_loggers_have_and_not_those_that_they_inherit(capl
     assert levels() == servers
 
 
+async def lines_until(end: Connection, text: str) -> list[Log]:
+    lines: list[Log] = []
+    while not (lines and lines[-1].text.endswith(text)):
+        message = await end.receive()
+        assert isinstance(message, Log)
+        lines.append(message)
+    return lines
+
+
+def dropped(lines: list[Log]) -> int:
+    """How many were, as they say."""
+    return sum(int(line.text[1:].split()[0]) for line in lines if " lines were dropped) " in line.text)
+
+
 async def test_a_flood_of_log_lines_is_cut_and_does_not_keep_answers_waiting(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
@@ -251,20 +267,50 @@ async def test_a_flood_of_log_lines_is_cut_and_does_not_keep_answers_waiting(
             await trio.to_thread.run_sync(lambda: [logger.warning("%s", "x" * 10_000) for _ in range(1000)])
             await wait_all_tasks_blocked()
             assert one.outbound_bytes < FULL + 20_000
+            lines = []
             while one.outbound_bytes:
-                await other.receive()
+                lines.append(await other.receive())
                 await trio.lowlevel.checkpoint()
             logger.warning("the last")
-            await wait_all_tasks_blocked()
-            lines = []
-            while not (lines and lines[-1].text.endswith("the last")):
-                message = await other.receive()
-                assert isinstance(message, Log)
-                lines.append(message)
+            lines += await lines_until(other, "the last")
         finally:
             logger.removeHandler(handler)
-        assert " lines were dropped) the last" in lines[-1].text
+        assert len(lines) + dropped(lines) == 1001
         caplog.clear()
         log(lines[-1], pid=1234)
         (record,) = caplog.records
         assert (record.name, record.process, record.filename) == ("triton_trio.tests.flood", 1234, "test_connection.py")
+
+
+@pytest.mark.parametrize(("length", "count"), [(10_000, 400), (0, 8000)])
+async def test_law_12_lines_of_other_threads_do_not_pile_up_behind_an_event_loop_that_is_busy(
+    length: int, count: int
+) -> None:
+    logger = logging.getLogger("triton_trio.tests.busy")
+
+    def talk() -> None:
+        for _ in range(count):
+            logger.warning("%s", "x" * length)
+
+    async with two_ends() as (one, other):
+        handler = PostHandler(one)
+        logger.addHandler(handler)
+        try:
+            for last in ("the last", "the very last"):  # what has been taken makes room
+                thread = threading.Thread(target=talk)
+                thread.start()
+                thread.join()  # and the event loop stands still
+                waiting = [500 + len(each.text) for each in gc.get_objects() if isinstance(each, Log)]
+                assert 0 < sum(waiting) < 1.1 * FULL
+                await trio.to_thread.run_sync(logger.warning, "enough")
+                await wait_all_tasks_blocked()
+                lines = []
+                while one.outbound_bytes:
+                    lines.append(await other.receive())
+                    await trio.lowlevel.checkpoint()
+                logger.warning(last)
+                lines += await lines_until(other, last)
+                assert len(lines) + dropped(lines) == count + 2
+                del lines  # they are counted otherwise
+        finally:
+            logger.removeHandler(handler)

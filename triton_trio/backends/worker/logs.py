@@ -15,8 +15,11 @@ from .messages import Log, cut
 if TYPE_CHECKING:
     from .connection import Connection
 
-#: Bytes in line behind which log lines are dropped: the server does not read, and answers come first.
+#: Bytes in line behind which log lines are dropped: the server does not read, and answers come first.  As much may wait
+#: for the worker's own event loop.
 FULL = 1 << 20
+#: What a line that waits for it takes beside its text, roughly.
+_BESIDE = 1 << 9
 
 
 class PostHandler(logging.Handler):
@@ -27,7 +30,10 @@ class PostHandler(logging.Handler):
         self._connection = connection
         self._token = trio.lowlevel.current_trio_token()
         self._thread = threading.get_ident()
-        self._dropped = 0
+        self._dropped = 0  # by the event loop
+        # Of other threads.  Each number has one writer, emit(), which logging calls in one thread at a time, or the loop.
+        self._missed = 0  # lines that were dropped, of which the loop does not know
+        self._handed = self._taken = 0  # bytes, of all lines ever
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
@@ -35,11 +41,17 @@ class PostHandler(logging.Handler):
         except Exception:  # noqa: BLE001  # as every handler: a bad log call is not an error of its caller's
             self.handleError(record)
             return
-        if threading.get_ident() == self._thread:
-            self._post(message)  # before what happens next, the answer to a request, say
+        here = threading.get_ident() == self._thread
+        if not here and self._handed - self._taken > FULL:
+            self._missed += 1  # the loop is busy, and what waits for it has no other bound
             return
+        missed, self._missed = self._missed, 0
+        if here:
+            self._post(message, missed)  # before what happens next, the answer to a request, say
+            return
+        self._handed += _size(message)
         try:
-            self._token.run_sync_soon(self._post, message)
+            self._token.run_sync_soon(self._take, message, missed)
         except trio.RunFinishedError:
             return
 
@@ -57,7 +69,12 @@ class PostHandler(logging.Handler):
             record.threadName or "",
         )
 
-    def _post(self, message: Log) -> None:
+    def _take(self, message: Log, missed: int) -> None:
+        self._taken += _size(message)
+        self._post(message, missed)
+
+    def _post(self, message: Log, missed: int) -> None:
+        self._dropped += missed
         if self._connection.outbound_bytes > FULL:
             self._dropped += 1
             return
@@ -65,6 +82,10 @@ class PostHandler(logging.Handler):
             message = replace(message, text=f"({self._dropped} lines were dropped) {message.text}")
             self._dropped = 0
         self._connection.post(message)
+
+
+def _size(message: Log) -> int:
+    return len(message.text) + _BESIDE
 
 
 def levels() -> dict[str, int]:
