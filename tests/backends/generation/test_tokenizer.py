@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -243,11 +244,39 @@ def test_conversations_are_chatml_unless_the_model_says_otherwise() -> None:
         ("{{ messages[7].content }}", TALK, "tiny.gguf: its chat template fails"),
         ("{% if %}", TALK, "tiny.gguf: its chat template cannot be used: line 1: "),
         ("{{ messages.__class__.__mro__ }}", TALK, "tiny.gguf: its chat template fails.*unsafe"),
+        ("{{ 1 // 0 }}", TALK, "tiny.gguf: its chat template fails on this conversation: ZeroDivisionError: "),
+        ("{{ 10 ** 400 * 1.0 }}", TALK, "its chat template fails on this conversation: OverflowError: "),
+        (
+            "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+            TALK,
+            "its chat template fails on this conversation: RecursionError: ",
+        ),
     ],
 )
 def test_conversations_that_cannot_be_rendered(template: str | None, messages: list[Any], text: str) -> None:
     with pytest.raises(InvalidArgument, match=text):
         ChatTemplate(template, {}, "tiny.gguf").render(messages)
+
+
+@pytest.mark.parametrize(
+    ("source", "why"),
+    [
+        ("one line\n{% if %}", "line 2: "),
+        ("{% break %}", "SyntaxError: 'break' outside loop"),  # of Python, which Jinja makes of it
+        ("{{ " + "(" * 1000 + "1" + ")" * 1000 + " }}", "RecursionError: "),
+        (["{{ bos_token }}"], r"it must be a text, got \['{{ bos_token }}'\]"),
+        (5, "it must be a text, got 5"),
+    ],
+)
+def test_a_template_that_is_broken_is_told_at_load_and_texts_are_made_all_the_same(
+    caplog: pytest.LogCaptureFixture, source: object, why: str
+) -> None:
+    problem = f"tiny.gguf: its chat template cannot be used: {why}"
+    tokenizer = make(template=source)
+    assert re.search(problem, caplog.text)
+    assert tokenizer.encode("the")
+    with pytest.raises(InvalidArgument, match=problem):
+        tokenizer.encode_chat(TALK)
 
 
 def test_templates_have_what_transformers_gives_them() -> None:
@@ -260,14 +289,6 @@ def test_templates_have_what_transformers_gives_them() -> None:
     )
     assert render("{{ messages[1] | tojson }}") == '{"role": "user", "content": "the?"}'
     assert render("{{ '<\u00fc>' | tojson }}") == '"<\u00fc>"'
-
-
-def test_a_template_that_is_broken_is_told_at_load_and_texts_are_made_all_the_same(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    tokenizer = make(template="one line\n{% if %}")
-    assert "tiny.gguf: its chat template cannot be used: line 2: " in caplog.text
-    assert tokenizer.encode("the")
 
 
 # Files

@@ -21,22 +21,20 @@ class ChatTemplate:
     """A Jinja template, rendered in Jinja's sandbox: it is part of a file that somebody else made.
 
     Args:
-      source: None: ChatML.
+      source: None: ChatML.  What is no template keeps nothing from being loaded: conversations are refused, and told why.
       names: ``bos_token`` and ``eos_token``, as far as the model has them.
       where: the file, for messages.
     """
 
-    def __init__(self, source: str | None, names: Mapping[str, str], where: str) -> None:
+    def __init__(self, source: object, names: Mapping[str, str], where: str) -> None:
         self._names = dict(names)
         self._where = where
         self._problem = ""  #: why no conversation can be rendered
-        errors = require("jinja2")
+        environment = _environment()
         try:
-            self._compiled = _environment().from_string(CHATML if source is None else source)
-        except errors.TemplateError as exc:
-            # Plain texts need none.
-            line = f"line {exc.lineno}: " if isinstance(exc, errors.TemplateSyntaxError) else ""
-            self._problem = f"{where}: its chat template cannot be used: {line}{exc}"
+            self._compiled = environment.from_string(CHATML if source is None else _checked(source))
+        except Exception as exc:  # noqa: BLE001  # it becomes a program, and Python's compiler has a say, too
+            self._problem = f"{where}: its chat template cannot be used: {_reason(exc)}"
             LOGGER.warning("%s; conversations (messages) are refused", self._problem)
 
     def render(self, messages: Sequence[Mapping[str, str]]) -> str:
@@ -57,20 +55,35 @@ class ChatTemplate:
             for key in ("role", "content"):
                 if not isinstance(message.get(key), str):
                     raise InvalidArgument(f"message {number} of the conversation has no text '{key}'")
-        errors = require("jinja2")
         try:
             text: str = self._compiled.render(
                 messages=[dict(message) for message in messages], add_generation_prompt=True, **self._names
             )
         except InvalidArgument:
             raise
-        except (errors.TemplateError, TypeError, ValueError, KeyError, AttributeError, IndexError) as exc:
-            raise InvalidArgument(f"{self._where}: its chat template fails on this conversation: {exc}") from None
+        except Exception as exc:  # noqa: BLE001  # a template is somebody else's program
+            raise InvalidArgument(
+                f"{self._where}: its chat template fails on this conversation: {_reason(exc)}"
+            ) from None
         try:
             text.encode()
         except UnicodeEncodeError as exc:
             raise InvalidArgument(f"the conversation is not Unicode text: {exc}") from None
         return text
+
+
+def _checked(source: object) -> str:
+    if not isinstance(source, str):
+        raise InvalidArgument(f"it must be a text, got {source!r:.40}")
+    return source
+
+
+def _reason(exc: Exception) -> str:
+    """Why, to somebody who does not see where."""
+    errors = require("jinja2")
+    if isinstance(exc, errors.TemplateSyntaxError):
+        return f"line {exc.lineno}: {exc}"
+    return str(exc) if isinstance(exc, errors.TemplateError | InvalidArgument) else f"{type(exc).__name__}: {exc}"
 
 
 def _environment() -> Any:

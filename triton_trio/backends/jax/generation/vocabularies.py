@@ -37,7 +37,7 @@ class Vocabulary:
       control, user_defined: ids that are never made by merges; control ids have no text.
       begin: the id that stands before every text, if one does.
       names: special tokens by the names that templates use.
-      template: of conversations; None: ChatML.
+      template: of conversations, see :class:`~.chat.ChatTemplate`.
       where: the file, for messages.
     """
 
@@ -46,7 +46,7 @@ class Vocabulary:
     user_defined: Sequence[int]
     begin: int | None
     names: Mapping[str, str]
-    template: str | None
+    template: object
     where: str
 
     def tokenizer(self, library: Any) -> Tokenizer:
