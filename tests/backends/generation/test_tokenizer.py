@@ -160,6 +160,13 @@ def test_a_text_that_the_library_panics_at_is_its_clients_error() -> None:
         tokenizer.encode("x" * 30)
 
 
+def test_a_text_that_the_library_refuses_is_its_clients_error() -> None:
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"x": 0}, unk_token="[UNK]"))
+    tokenizer = Tokenizer(library, begin=None, template=ChatTemplate(None, {}, "tiny.gguf"))
+    with pytest.raises(InvalidArgument, match=r"the text cannot be cut into tokens: .*Missing \[UNK\]"):
+        tokenizer.encode("y")
+
+
 def test_special_tokens_are_ids_but_no_text() -> None:
     ids = TINY.encode("<|im_start|>he<|im_end|>")
     assert [TOKENS[token] for token in ids] == ["<|im_start|>", "he", "<|im_end|>"]
@@ -264,6 +271,7 @@ def test_conversations_that_cannot_be_rendered(template: str | None, messages: l
         ("one line\n{% if %}", "line 2: "),
         ("{% break %}", "SyntaxError: 'break' outside loop"),  # of Python, which Jinja makes of it
         ("{{ " + "(" * 1000 + "1" + ")" * 1000 + " }}", "RecursionError: "),
+        (b"{{ '\xff' }}", "UnicodeDecodeError: "),
         (["{{ bos_token }}"], r"it must be a text, got \['{{ bos_token }}'\]"),
         (5, "it must be a text, got 5"),
     ],
@@ -307,6 +315,9 @@ def test_a_directory_as_transformers_writes_it(tmp_path: Path) -> None:
         json.dumps({"bos_token": {"content": "<|endoftext|>"}, "chat_template": "{{ bos_token }}the"})
     )
     assert [TOKENS[one] for one in tokenizer_from_directory(tmp_path).encode_chat(TALK)] == ["<|endoftext|>", "t", "he"]
+    several = [{"name": "tool_use", "template": "t"}, {"name": "default", "template": "he{{ eos_token }}"}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several, "eos_token": "t"}))
+    assert [TOKENS[one] for one in tokenizer_from_directory(tmp_path).encode_chat(TALK)] == ["<|endoftext|>", "he", "t"]
     (tmp_path / "chat_template.jinja").write_text("he")
     assert [TOKENS[one] for one in tokenizer_from_directory(tmp_path).encode_chat(TALK)] == ["<|endoftext|>", "he"]
 
@@ -319,6 +330,59 @@ def test_tokenizers_that_cannot_be_used(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(InvalidArgument, match=r"tokenizer\.json: cannot be read"):
         tokenizer_from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "why"),
+    [
+        ("{", "not JSON: "),
+        ("[" * 100_000, "not JSON: maximum recursion depth"),
+        (b'"\xff"', "not JSON: 'utf-8' codec"),
+        ("[]", "not a JSON object"),
+        ({"bos_token": {"a": 1}}, r"'bos_token' must be a token, or an object with its 'content', got {'a': 1}"),
+        ({"eos_token": ["</s>"]}, r"'eos_token' must be a token, or an object with its 'content', got \['</s>'\]"),
+    ],
+)
+def test_settings_of_a_tokenizer_that_make_no_sense(tmp_path: Path, config: object, why: str) -> None:
+    TINY._library.save(str(tmp_path / "tokenizer.json"))
+    text = json.dumps(config) if isinstance(config, dict) else config
+    (tmp_path / "tokenizer_config.json").write_bytes(text if isinstance(text, bytes) else str(text).encode())
+    with pytest.raises(InvalidArgument, match=rf"tokenizer_config\.json: {why}"):
+        tokenizer_from_directory(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("config", "jinja", "why"),
+    [
+        ({"chat_template": 5}, None, "tokenizer_config.json: .*it must be a text, got 5"),
+        ({"chat_template": {"a": "b"}}, None, "tokenizer_config.json: .*it must be a text, got {'a': 'b'}"),
+        ({"chat_template": ["a"]}, None, r"tokenizer_config.json: .*it must be a text, got \['a'\]"),
+        ({"chat_template": [{"name": "default"}]}, None, "tokenizer_config.json: .*it must be a text, got"),
+        ({"chat_template": "good"}, b"caf\xe9", "chat_template.jinja: .*UnicodeDecodeError: "),
+    ],
+)
+def test_files_with_no_template_refuse_conversations_and_nothing_else(
+    tmp_path: Path, config: object, jinja: bytes | None, why: str
+) -> None:
+    TINY._library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    if jinja is not None:
+        (tmp_path / "chat_template.jinja").write_bytes(jinja)
+    tokenizer = tokenizer_from_directory(tmp_path)
+    assert tokenizer.encode("the")
+    with pytest.raises(InvalidArgument, match=why):
+        tokenizer.encode_chat(TALK)
+
+
+def test_files_are_utf_8_wherever_the_server_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where LANG is C, an open() that is told no encoding may take ASCII."""
+    read = Path.read_text
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding="ascii", *more: read(self, encoding, *more))
+    TINY._library.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_bytes('{"bos_token": "ü", "chat_template": "{{ bos_token }}é"}'.encode())
+    assert tokenizer_from_directory(tmp_path).render(TALK) == "üé"
+    (tmp_path / "chat_template.jinja").write_bytes("{{ bos_token }}ö".encode())
+    assert tokenizer_from_directory(tmp_path).render(TALK) == "üö"
 
 
 def test_a_model_without_a_tokenizer_takes_and_gives_ids(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ class ChatTemplate:
     """A Jinja template, rendered in Jinja's sandbox: it is part of a file that somebody else made.
 
     Args:
-      source: None: ChatML.  What is no template keeps nothing from being loaded: conversations are refused, and told why.
+      source: a text, or its bytes in UTF-8; None: ChatML.  What is no template keeps nothing from being loaded:
+        conversations are refused, and told why.
       names: ``bos_token`` and ``eos_token``, as far as the model has them.
       where: the file, for messages.
     """
@@ -73,6 +74,8 @@ class ChatTemplate:
 
 
 def _checked(source: object) -> str:
+    if isinstance(source, bytes):
+        return source.decode()
     if not isinstance(source, str):
         raise InvalidArgument(f"it must be a text, got {source!r:.40}")
     return source

@@ -182,7 +182,7 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _json(self, name: str) -> dict[str, Any]:
         try:
-            parsed = json.loads((self._directory / name).read_text())
+            parsed = json.loads((self._directory / name).read_text(encoding="utf-8"))
         except OSError as exc:
             self._refuse(f"{name} cannot be read: {exc.strerror}")
         except ValueError as exc:

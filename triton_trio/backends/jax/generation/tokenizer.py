@@ -48,8 +48,11 @@ class Tokenizer:
           InvalidArgument: the library cannot cut it.
         """
         with no_panic("the text cannot be cut into tokens", InvalidArgument):
-            # Of a batch, for there the library lets other threads run meanwhile.
-            (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+            try:
+                # Of a batch, for there the library lets other threads run meanwhile.
+                (encoding,) = self._library.encode_batch_fast([text], add_special_tokens=False)
+            except Exception as exc:  # noqa: BLE001  # the library raises nothing narrower
+                raise InvalidArgument(f"the text cannot be cut into tokens: {exc}") from None
         ids: list[int] = encoding.ids
         if self._begin is not None and ids[:1] != [self._begin]:
             return [self._begin, *ids]
@@ -201,26 +204,47 @@ def tokenizer_from_directory(directory: Path) -> Tokenizer:
     file = directory / "tokenizer.json"
     if not file.is_file():
         return NoTokenizer(f"'{directory}' has no tokenizer.json")
-    try:
-        library = require("tokenizers").Tokenizer.from_file(str(file))
-    except Exception as exc:  # noqa: BLE001  # the library raises nothing narrower
-        raise InvalidArgument(f"{file}: cannot be read: {exc}") from None
-    try:
-        config = json.loads((directory / "tokenizer_config.json").read_text())
-    except FileNotFoundError:
-        config = {}
-    except ValueError as exc:
-        raise InvalidArgument(f"{directory / 'tokenizer_config.json'}: not JSON: {exc}") from None
-    names = {key: _content(config[key]) for key in ("bos_token", "eos_token") if config.get(key)}
+    kind = require("tokenizers").Tokenizer
+    with no_panic(f"{file}: cannot be read", InvalidArgument):
+        try:
+            library = kind.from_file(str(file))
+            # Whether a text begins with the special token is a rule in there; the empty text shows it.
+            begin = library.encode("", add_special_tokens=True).ids[:1]
+        except Exception as exc:  # noqa: BLE001  # the library raises nothing narrower
+            raise InvalidArgument(f"{file}: cannot be read: {exc}") from None
+    config = _config(where := directory / "tokenizer_config.json")
+    names = {key: _token(config[key], f"{where}: '{key}'") for key in ("bos_token", "eos_token") if config.get(key)}
     template = config.get("chat_template")
+    if isinstance(template, list):
+        template = _default(template)
     if (directory / "chat_template.jinja").is_file():
-        template = (directory / "chat_template.jinja").read_text()
-    if isinstance(template, list):  # several, by name
-        template = next((one["template"] for one in template if one.get("name") == "default"), None)
-    # Whether a text begins with the special token is a rule inside tokenizer.json; the empty text shows it.
-    begin = library.encode("", add_special_tokens=True).ids[:1]
-    return Tokenizer(library, begin=begin[0] if begin else None, template=ChatTemplate(template, names, str(directory)))
+        where = directory / "chat_template.jinja"
+        template = where.read_bytes()
+    return Tokenizer(library, begin=begin[0] if begin else None, template=ChatTemplate(template, names, str(where)))
 
 
-def _content(token: Any) -> str:
-    return str(token["content"] if isinstance(token, dict) else token)
+def _config(file: Path) -> dict[str, Any]:
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError) as exc:
+        raise InvalidArgument(f"{file}: not JSON: {exc}") from None
+    if not isinstance(config, dict):
+        raise InvalidArgument(f"{file}: not a JSON object")
+    return config
+
+
+def _token(found: Any, what: str) -> str:
+    content = found.get("content") if isinstance(found, dict) else found
+    if not isinstance(content, str):
+        raise InvalidArgument(f"{what} must be a token, or an object with its 'content', got {found!r:.40}")
+    return content
+
+
+def _default(templates: list[Any]) -> object:
+    """The one that is used, of several; all of them if they are not by name, and then they are no template."""
+    try:
+        return {one["name"]: one["template"] for one in templates}.get("default")
+    except (KeyError, TypeError):
+        return templates
