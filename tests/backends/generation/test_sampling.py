@@ -78,6 +78,18 @@ def test_a_forbidden_token_is_never_drawn() -> None:
         assert (draw(logits, **settings) % 3 != 0).all()
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_k": 3}, {"top_p": 0.999}])
+def test_a_temperature_whose_reciprocal_is_no_normal_number_draws_fairly(settings: dict[str, float]) -> None:
+    """-inf times a reciprocal that was flushed to 0 is no number, and the draw was the same each time."""
+    logits = np.float32([-np.inf, 1, 5, -np.inf, 2])
+    for hot in (1e30, 1e38, 3e38):
+        counts = np.bincount(draw(logits, temperature=hot, **settings), minlength=5)
+        assert counts[[0, 3]].tolist() == [0, 0]
+        assert counts[[1, 2, 4]].min() > 4000 / 3 - 150  # five standard deviations
+    for cold in (1e-45, 1e-40, 1e-38, 1e-30):
+        assert (draw(logits, temperature=cold, **settings) == 2).all()
+
+
 def test_a_draw_depends_on_seed_and_position_and_on_no_other_row() -> None:
     rng = np.random.default_rng(1)
     logits = np.float32(rng.normal(0, 2, (64, VOCAB)))

@@ -14,6 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+#: Between these a temperature's reciprocal, by which XLA may multiply, is a number that no device flushes to 0.  Below all
+#: weight is with the likeliest tokens, above all that are allowed are as likely: what lies beyond would make no difference.
+_COLDEST, _HOTTEST = 1e-30, 1e30
 _ONE = int(np.float32(1.0).view(np.int32))  # bits of the largest probability: the mode's, before normalising
 
 
@@ -52,7 +55,7 @@ def sample(
     filters = draws & ((sampling.top_k > 0) | (sampling.top_p < 1))
 
     def drawn() -> jax.Array:
-        heat = jnp.where(sampling.temperature > 0, sampling.temperature, 1)[:, None]
+        heat = jnp.clip(jnp.where(draws, sampling.temperature, 1), _COLDEST, _HOTTEST)[:, None]
         weights = jnp.exp((logits - jnp.max(logits, axis=-1, keepdims=True)) / heat)
         weights = _when(
             filters,
