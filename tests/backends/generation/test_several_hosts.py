@@ -530,6 +530,11 @@ def command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Command:
     ("flag", "process", "says"),
     [
         ("--coordinator=foo", 0, "the coordinator is HOST:PORT of process 0, or [ADDRESS]:PORT with IPv6, got 'foo'"),
+        ("--coordinator=foo:0", 0, "the coordinator's PORT must be 1 to 65535, got 0"),
+        ("--coordinator=foo:65536", 1, "the coordinator's PORT must be 1 to 65535, got 65536"),
+        ("--coordinator=foo:65535", 0, "--plan-port, PORT + 1 by default, must be 1 to 65535, got 65536"),
+        ("--plan-port=99999", 0, "--plan-port, PORT + 1 by default, must be 1 to 65535, got 99999"),
+        ("--plan-port=0", 1, "--plan-port, PORT + 1 by default, must be 1 to 65535, got 0"),
         ("--processes=1", 1, "1 processes have the numbers 0 to 0, got 1"),
         ("--grpc-prot=1", 0, "unrecognized arguments: --grpc-prot=1"),
         ("--grpc-port=1", 1, "only process 0 takes the server's flags, got --grpc-port=1"),

@@ -49,7 +49,7 @@ class Hosts:
           port: for the plan, on the same host; by default the one above the coordinator's.
 
         Raises:
-          InvalidArgument: the address is none, or there is no such process.
+          InvalidArgument: the address is none, a port cannot be, or there is no such process.
         """
         found = re.fullmatch(r"(?:\[([^][]+)\]|([^][:]+)):([0-9]+)", coordinator)
         if found is None:
@@ -59,7 +59,11 @@ class Hosts:
         if not 0 <= process < processes:
             raise InvalidArgument(f"{processes} processes have the numbers 0 to {processes - 1}, got {process}")
         host, number = found[1] or found[2], int(found[3])
-        return cls(coordinator, process, processes, host, number + 1 if port is None else port)
+        plan = number + 1 if port is None else port
+        for what, one in (("the coordinator's PORT", number), ("--plan-port, PORT + 1 by default,", plan)):
+            if not 1 <= one <= 65535:
+                raise InvalidArgument(f"{what} must be 1 to 65535, got {one}")
+        return cls(coordinator, process, processes, host, plan)
 
     def only_here(self) -> str:
         """The address that the coordinator's name has on this host, if no other host would find it there; else empty.
