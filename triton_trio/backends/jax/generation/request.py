@@ -120,7 +120,8 @@ class TextRequest:
         most = min(asked, room)
         fewest = int(_number(inputs, "min_tokens", 0, least=0))
         if fewest > asked:
-            raise InvalidArgument(f"min_tokens is {fewest}, more than max_tokens, {asked}")
+            limit = "max_tokens" if "max_tokens" in inputs else "there is room for"
+            raise InvalidArgument(f"min_tokens is {fewest}, more than {limit}, {asked}")
         if _flag(inputs, "ignore_eos", default=False):
             fewest = most
         settings = Settings(
@@ -206,7 +207,8 @@ def _number(
     # Written so that NaN is refused, too.
     if not (least <= value < float("inf") and (most is None or value <= most)):
         wanted = f"{least} or more" if most is None else f"between {least} and {most}"
-        raise InvalidArgument(f"{name} must be {wanted}, got {value:g}")
+        # As NumPy writes it: all digits that float32 has, or 1.0000001 were 1.
+        raise InvalidArgument(f"{name} must be {wanted}, got {inputs[name][0]!s}")
     return value
 
 
