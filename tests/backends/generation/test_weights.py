@@ -197,9 +197,9 @@ def test_what_ends_a_text_may_be_told_in_several_places(tmp_path: Path) -> None:
 
     def also(writer: Any) -> None:
         writer.add_eot_token_id(2)
-        writer.add_uint32("tokenizer.ggml.eom_token_id", 7)
+        writer.add_uint32("tokenizer.ggml.eom_token_id", 5)
 
-    assert open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=also)).end_tokens == (7, 2)
+    assert open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=also)).end_tokens == (7, 2, 5)
     path = write_directory(tmp_path / "hf", eos_token_id=7)
     (path / "generation_config.json").write_text('{"eos_token_id": [7, 13]}')
     assert open_checkpoint(path).end_tokens == (7, 13)
@@ -374,7 +374,10 @@ def test_weights_are_found_inside_a_package_that_is_not_imported(
             "hf: config.json: 'num_hidden_layers' must be a whole number, 1 or more, got 'two'",
         ),
         (lambda path: write_directory(path / "hf", num_attention_heads=0), "'num_attention_heads' must be a whole"),
-        (lambda path: write_directory(path / "hf", rope_theta="x"), "'rope_theta' must be a number above 0, got 'x'"),
+        (
+            lambda path: write_directory(path / "hf", rope_theta="x"),
+            "'rope_theta' must be a finite number above 0, got 'x'",
+        ),
         (lambda path: write_directory(path / "hf", rope_scaling=3), "its rope scaling must be an object, got 3"),
         (
             lambda path: write_directory(path / "hf", eos_token_id="</s>"),
@@ -431,6 +434,139 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, make: Callable[[Path], P
     with pytest.raises(TritonError, match=text):
         load(path)
         open_checkpoint(path).tokenizer()
+
+
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"architectures": {"a": 1}}, "config.json: 'architectures' must be a list of names, got {'a': 1}"),
+        ({"architectures": "LlamaForCausalLM"}, "config.json: 'architectures' must be a list of names, got 'Llama"),
+        ({"architectures": [5]}, r"config.json: 'architectures' must be a list of names, got \[5\]"),
+        ({"rope_theta": 10**400}, "config.json: 'rope_theta' must be a finite number above 0, got 10{39}$"),
+        ({"rope_theta": float("inf")}, "config.json: 'rope_theta' must be a finite number above 0, got inf"),
+        ({"rms_norm_eps": 1e39}, "config.json: 'rms_norm_eps' must be a finite number above 0, got 1e\\+39"),
+        (
+            {"rope_scaling": {"type": "linear", "factor": float("nan")}},
+            "config.json: 'factor' must be a finite number above 0, got nan",
+        ),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 4,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 64,
+                }
+            },
+            "config.json: 'low_freq_factor' must be below 'high_freq_factor', 4, got 4",
+        ),
+        ({"eos_token_id": 96}, "config.json: 'eos_token_id': end token 96 is not among the model's 96 tokens"),
+        ({"eos_token_id": [7, -1]}, "config.json: 'eos_token_id': end token -1 is not among"),
+    ],
+)
+def test_settings_that_cannot_be_say_which_they_are(tmp_path: Path, settings: dict[str, Any], text: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"hf: {text}"):
+        open_checkpoint(write_directory(tmp_path / "hf", **settings))
+
+
+def test_end_tokens_that_cannot_be_and_deep_nesting_name_the_file_they_are_in(tmp_path: Path) -> None:
+    path = write_directory(tmp_path / "hf")
+    (path / "generation_config.json").write_text('{"eos_token_id": 96}')
+    with pytest.raises(InvalidArgument, match=r"hf: generation_config\.json: 'eos_token_id': end token 96"):
+        open_checkpoint(path)
+    (path / "generation_config.json").write_text("[" * 100_000)
+    with pytest.raises(InvalidArgument, match=r"hf: generation_config\.json is not JSON: maximum recursion"):
+        open_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("edit", "text"),
+    [
+        (
+            lambda writer: writer.add_key_length(0),
+            "llama.attention.key_length must be a whole number, 1 or more, got 0",
+        ),
+        (
+            lambda writer: writer.add_float32("llama.attention.value_length", 8.5),
+            "llama.attention.value_length must be a whole number, 1 or more, got 8.5",
+        ),
+        (
+            lambda writer: writer.add_rope_scaling_factor(float("inf")),
+            "llama.rope.scaling.factor must be a finite number above 0, got inf",
+        ),
+        (
+            lambda writer: writer.add_tensor("rope_freqs.weight", np.float32([1, 1, 0, 8])),
+            "tensor 'rope_freqs.weight' must have finite numbers above 0",
+        ),
+        (
+            lambda writer: writer.add_eot_token_id(96),
+            "tokenizer.ggml.eot_token_id must be one of its 96 tokens, got 96",
+        ),
+        (
+            lambda writer: writer.add_int32("tokenizer.ggml.eom_token_id", -1),
+            "tokenizer.ggml.eom_token_id must be one of its 96 tokens, got -1",
+        ),
+        (
+            lambda writer: (bare(writer), writer.add_bos_token_id(0xFFFFFFFF)),
+            "tokenizer.ggml.bos_token_id must be one of its 258 tokens, got 4294967295",
+        ),
+        (
+            lambda writer: (bare(writer), writer.add_int32("tokenizer.ggml.bos_token_id", -1)),
+            "tokenizer.ggml.bos_token_id must be one of its 258 tokens, got -1",
+        ),
+        (
+            lambda writer: (bare(writer, 2), writer.add_token_merges(["a b"])),
+            "tokenizer.ggml.eos_token_id must be one of its 2 tokens, got 7",
+        ),
+        (
+            lambda writer: (bare(writer), writer.add_token_types([1] * 259)),
+            "tokenizer.ggml.token_type has 259 entries for 258 tokens",
+        ),
+        (
+            lambda writer: (bare(writer), writer.add_string("tokenizer.ggml.token_type", "x")),
+            "tokenizer.ggml.token_type must be a list of whole numbers, got 'x'",
+        ),
+        (
+            lambda writer: (writer.add_tokenizer_model("gpt2"), writer.add_uint32("tokenizer.ggml.tokens", 5)),
+            "tokenizer.ggml.tokens must be a list of texts, got 5",
+        ),
+        (
+            lambda writer: (writer.add_tokenizer_model("gpt2"), writer.add_token_list([b"\xff"])),
+            "tokenizer.ggml.tokens is not UTF-8: ",
+        ),
+        (
+            lambda writer: (bare(writer), writer.add_array("tokenizer.ggml.merges", [1, 2])),
+            r"tokenizer.ggml.merges must be a list of texts, got \[1, 2\]",
+        ),
+        (
+            lambda writer: (bare(writer, kind="llama"), writer.add_string("tokenizer.ggml.scores", "x")),
+            "tokenizer.ggml.scores must be a list of numbers, got 'x'",
+        ),
+    ],
+)
+def test_metadata_that_cannot_be_says_which_it_is(tmp_path: Path, edit: Callable[[Any], None], text: str) -> None:
+    with pytest.raises(InvalidArgument, match=f"m.gguf: its {text}"):
+        open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=edit)).tokenizer()
+
+
+def bare(writer: Any, tokens: int = 258, kind: str = "gpt2") -> None:
+    """A vocabulary, as yet without what goes with it."""
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(LLAMA_3[:tokens])
+
+
+def test_a_template_that_is_no_text_refuses_conversations_and_nothing_else(tmp_path: Path) -> None:
+    def listed(writer: Any) -> None:
+        llama_3(writer)
+        writer.add_array("tokenizer.chat_template", ["a"])
+
+    tokenizer = open_checkpoint(write_gguf(tmp_path / "m.gguf", edit=listed)).tokenizer()
+    assert tokenizer.encode("a")
+    with pytest.raises(
+        InvalidArgument, match=r"m\.gguf: its chat template cannot be used: it must be a text, got \['a'\]"
+    ):
+        tokenizer.encode_chat([{"role": "user", "content": "a"}])
 
 
 @pytest.mark.parametrize("size", [0, 3, 40, 200, 1000, 5000, -100])

@@ -14,7 +14,7 @@ from .config import LlamaConfig
 from .extra import require
 from .tokenizer import NoTokenizer, Tokenizer
 from .vocabularies import LLAMA_3_SPLITS, Vocabulary, byte_level_tokenizer, sentencepiece_tokenizer
-from .weights import Checkpoint, halves_from_pairs
+from .weights import Checkpoint, halves_from_pairs, is_positive
 
 _NAMES = {
     "embed": "token_embd",
@@ -45,6 +45,7 @@ _UNKNOWN = (
     "use_parallel_residual",
 )
 _UNKNOWN_TOKEN, _CONTROL, _USER_DEFINED = 2, 3, 4  # of tokenizer.ggml.token_type
+_KINDS = {str: "texts", int: "whole numbers", float: "numbers"}
 _ENDS = ("eos", "eot", "eom")  # of a text, of a turn in a conversation, of a message in a turn
 
 
@@ -70,8 +71,8 @@ class GgufCheckpoint(Checkpoint):
         self.tied = "output.weight" not in self._tensors
         self.config = self._config()
         self.check_names(self._tensors, "rope_freqs.weight")
-        ends = (self._optional(f"tokenizer.ggml.{name}_token_id") for name in _ENDS)
-        self.end_tokens = tuple(dict.fromkeys(int(end) for end in ends if end is not None))
+        ends = (self._token_id(name, self.config.vocab_size) for name in _ENDS)
+        self.end_tokens = tuple(dict.fromkeys(end for end in ends if end is not None))
 
     def read(self, name: str, layer: int | None = None) -> np.ndarray:
         stored = self.name_of(name, layer)
@@ -111,9 +112,13 @@ class GgufCheckpoint(Checkpoint):
                 "read from GGUF; load the model from its original directory, with tokenizer.json"
             )
         splits = self._optional("tokenizer.ggml.pre")
-        tokens: list[str] = self._field("tokenizer.ggml.tokens")
-        kinds: list[int] = self._optional("tokenizer.ggml.token_type") or [1] * len(tokens)
-        begin = self._optional("tokenizer.ggml.bos_token_id")
+        tokens: list[str] = self._list("tokenizer.ggml.tokens", str)
+        kinds: list[int] = [1] * len(tokens)
+        if self._optional("tokenizer.ggml.token_type") is not None:
+            kinds = self._list("tokenizer.ggml.token_type", int)
+        if len(kinds) != len(tokens):
+            self._refuse(f"its tokenizer.ggml.token_type has {len(kinds)} entries for {len(tokens)} tokens")
+        special = {name: self._token_id(name, len(tokens)) for name in ("bos", "eos")}
         begins = self._optional("tokenizer.ggml.add_bos_token")
         if begins is None:
             begins = model == "llama" or splits in LLAMA_3_SPLITS
@@ -121,12 +126,8 @@ class GgufCheckpoint(Checkpoint):
             tokens=tokens,
             control=[token for token, kind in enumerate(kinds) if kind == _CONTROL],
             user_defined=[token for token, kind in enumerate(kinds) if kind == _USER_DEFINED],
-            begin=int(begin) if begin is not None and begins else None,
-            names={
-                f"{name}_token": tokens[int(self._field(f"tokenizer.ggml.{name}_token_id"))]
-                for name in ("bos", "eos")
-                if self._optional(f"tokenizer.ggml.{name}_token_id") is not None
-            },
+            begin=special["bos"] if begins else None,
+            names={f"{name}_token": tokens[token] for name, token in special.items() if token is not None},
             template=self._optional("tokenizer.chat_template"),
             where=str(self.path),
         )
@@ -134,7 +135,10 @@ class GgufCheckpoint(Checkpoint):
             unknown = next((token for token, kind in enumerate(kinds) if kind == _UNKNOWN_TOKEN), None)
             prefix = self._optional("tokenizer.ggml.add_space_prefix")
             return sentencepiece_tokenizer(
-                vocabulary, self._field("tokenizer.ggml.scores"), unknown=unknown, prefix=prefix is None or bool(prefix)
+                vocabulary,
+                self._list("tokenizer.ggml.scores", float),
+                unknown=unknown,
+                prefix=prefix is None or bool(prefix),
             )
         if splits in (None, "default"):
             splits = "gpt-2"
@@ -143,13 +147,10 @@ class GgufCheckpoint(Checkpoint):
                 "is not it, texts suffer: convert the model anew, or load it from its original directory",
                 self.path,
             )
-        merges = [tuple(merge.split(" ", 1)) for merge in self._field("tokenizer.ggml.merges")]
+        merges = [tuple(merge.split(" ", 1)) for merge in self._list("tokenizer.ggml.merges", str)]
         return byte_level_tokenizer(vocabulary, merges, str(splits))
 
     def _config(self) -> LlamaConfig:
-        def number(key: str) -> int:
-            return self._one_for_all(f"llama.{key}", self._field(f"llama.{key}"))
-
         for key in _UNKNOWN:
             if self._optional(f"llama.{key}"):
                 self._refuse(f"it has llama.{key}, which is not known here")
@@ -159,52 +160,85 @@ class GgufCheckpoint(Checkpoint):
             scaling = "linear" if self._optional("llama.rope.scaling.factor") else "none"
         if scaling not in ("none", "linear"):
             self._refuse(f"its rope scaling '{scaling}' is not known here")
-        heads = number("attention.head_count")
-        width = number("embedding_length")
-        head_dim = int(self._optional("llama.attention.key_length") or width // heads)
-        if (rotated := int(self._optional("llama.rope.dimension_count") or head_dim)) != head_dim:
+        if self._optional("llama.vocab_size") is None:
+            vocab_size = len(self._list("tokenizer.ggml.tokens", str))
+        else:
+            vocab_size = self._count("llama.vocab_size")
+        heads = self._count("llama.attention.head_count")
+        width = self._count("llama.embedding_length")
+        head_dim = self._count("llama.attention.key_length", width // heads)
+        if (rotated := self._count("llama.rope.dimension_count", head_dim)) != head_dim:
             self._refuse(f"it rotates {rotated} of {head_dim} dimensions of a head; only all are known here")
-        if (length := int(self._optional("llama.attention.value_length") or head_dim)) != head_dim:
+        if (length := self._count("llama.attention.value_length", head_dim)) != head_dim:
             self._refuse(
                 f"its values have {length} dimensions in a head and its keys {head_dim}; only equal ones are known here"
             )
         divisors: tuple[float, ...] = ()
         if scaling == "linear":
-            divisors = (float(self._field("llama.rope.scaling.factor")),) * (head_dim // 2)
+            divisors = (self._number("llama.rope.scaling.factor"),) * (head_dim // 2)
         if "rope_freqs.weight" in self._tensors:  # how Llama 3.1's scaling is stored
-            divisors = tuple(float(one) for one in self._tensors["rope_freqs.weight"].data)
+            divisors = tuple(float(one) for one in np.ravel(self._tensors["rope_freqs.weight"].data))
+            if not all(map(is_positive, divisors)):
+                self._refuse("its tensor 'rope_freqs.weight' must have finite numbers above 0")
         return self.checked_config(
-            vocab_size=int(self._optional("llama.vocab_size") or len(self._field("tokenizer.ggml.tokens"))),
+            vocab_size=vocab_size,
             width=width,
-            layers=number("block_count"),
+            layers=self._count("llama.block_count"),
             heads=heads,
-            kv_heads=self._one_for_all(
-                "llama.attention.head_count_kv", self._optional("llama.attention.head_count_kv") or heads
-            ),
+            kv_heads=self._count("llama.attention.head_count_kv", heads),
             head_dim=head_dim,
-            hidden=number("feed_forward_length"),
-            context=number("context_length"),
-            rope_theta=float(self._optional("llama.rope.freq_base") or 10_000.0),
+            hidden=self._count("llama.feed_forward_length"),
+            context=self._count("llama.context_length"),
+            rope_theta=self._number("llama.rope.freq_base", 10_000.0),
             rope_divisors=divisors,
-            norm_epsilon=float(self._field("llama.attention.layer_norm_rms_epsilon")),
+            norm_epsilon=self._number("llama.attention.layer_norm_rms_epsilon"),
         )
 
-    def _one_for_all(self, key: str, value: Any) -> int:
+    def _count(self, key: str, default: int | None = None) -> int:
+        value = self._field(key, default)
         if isinstance(value, list):
             self._refuse(f"it has a {key} for each layer; only one for all is known here")
         if not isinstance(value, int) or value < 1:
             self._refuse(f"its {key} must be a whole number, 1 or more, got {value!r}")
         return value
 
-    def _field(self, key: str) -> Any:
+    def _number(self, key: str, default: float | None = None) -> float:
+        value = self._field(key, default)
+        if not is_positive(value):
+            self._refuse(f"its {key} must be a finite number above 0, got {value!r:.40}")
+        return float(value)
+
+    def _list(self, key: str, kind: type) -> list[Any]:
+        value = self._field(key)
+        # One look is enough: what is in an array of this format is of one type.
+        if not isinstance(value, list) or not all(type(one) is kind for one in value[:1]):
+            self._refuse(f"its {key} must be a list of {_KINDS[kind]}, got {value!r:.40}")
+        return value
+
+    def _token_id(self, name: str, tokens: int) -> int | None:
+        """Of a special token; None if the file has no such one."""
+        key = f"tokenizer.ggml.{name}_token_id"
         value = self._optional(key)
+        if value is None:
+            return None
+        if type(value) is not int or not 0 <= value < tokens:
+            self._refuse(f"its {key} must be one of its {tokens} tokens, got {value!r:.40}")
+        return value
+
+    def _field(self, key: str, default: Any = None) -> Any:
+        value = self._optional(key)
+        if value is None:
+            value = default
         if value is None:
             self._refuse(f"its metadata has no '{key}'")
         return value
 
     def _optional(self, key: str) -> Any:
         field = self._reader.get_field(key)
-        return None if field is None else field.contents()
+        try:
+            return None if field is None else field.contents()
+        except UnicodeDecodeError as exc:
+            self._refuse(f"its {key} is not UTF-8: {exc}")
 
     def _refuse(self, text: str) -> NoReturn:
         raise InvalidArgument(f"{self.path}: {text}")

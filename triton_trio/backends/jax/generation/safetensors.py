@@ -14,7 +14,7 @@ from ....errors import InvalidArgument
 from .config import LlamaConfig, llama3_divisors
 from .extra import require
 from .tokenizer import Tokenizer, tokenizer_from_directory
-from .weights import Checkpoint
+from .weights import Checkpoint, is_positive
 
 _NAMES = {
     "embed": "model.embed_tokens",
@@ -100,6 +100,8 @@ class SafetensorsCheckpoint(Checkpoint):
 
     def _config(self) -> LlamaConfig:
         architectures = self._settings.get("architectures") or ["none"]
+        if not isinstance(architectures, list) or not all(isinstance(one, str) for one in architectures):
+            self._refuse(f"config.json: 'architectures' must be a list of names, got {architectures!r:.40}")
         if architectures[0] not in _ARCHITECTURES:
             self._refuse(f"its architecture is {architectures[0]}, only {' and '.join(_ARCHITECTURES)} are known here")
         for key, usual in _USUAL.items():
@@ -134,11 +136,14 @@ class SafetensorsCheckpoint(Checkpoint):
         factor = self._number(rope, "factor", None)
         if kind == "linear":
             return (factor,) * (config.head_dim // 2)
+        low, high = (self._number(rope, f"{which}_freq_factor", None) for which in ("low", "high"))
+        if low >= high:
+            self._refuse(f"config.json: 'low_freq_factor' must be below 'high_freq_factor', {high:g}, got {low:g}")
         return llama3_divisors(
             config,
             factor=factor,
-            low=self._number(rope, "low_freq_factor", None),
-            high=self._number(rope, "high_freq_factor", None),
+            low=low,
+            high=high,
             trained_context=int(self._number(rope, "original_max_position_embeddings", None)),
         )
 
@@ -165,8 +170,8 @@ class SafetensorsCheckpoint(Checkpoint):
             value = default
         if value is None:
             self._refuse(f"config.json: its rope scaling has no '{key}'")
-        if type(value) not in (int, float) or not value > 0:
-            self._refuse(f"config.json: '{key}' must be a number above 0, got {value!r}")
+        if not is_positive(value):
+            self._refuse(f"config.json: '{key}' must be a finite number above 0, got {value!r:.40}")
         return float(value)
 
     def _ends(self, name: str, settings: dict[str, Any]) -> Sequence[int]:
@@ -175,6 +180,10 @@ class SafetensorsCheckpoint(Checkpoint):
         for end in ends:
             if type(end) is not int:
                 self._refuse(f"{name}: 'eos_token_id' must be a token id or a list of them, got {found!r}")
+            if not 0 <= end < self.config.vocab_size:
+                self._refuse(
+                    f"{name}: 'eos_token_id': end token {end} is not among the model's {self.config.vocab_size} tokens"
+                )
         return ends
 
     def _has(self, name: str) -> bool:
@@ -185,7 +194,7 @@ class SafetensorsCheckpoint(Checkpoint):
             parsed = json.loads((self._directory / name).read_text(encoding="utf-8"))
         except OSError as exc:
             self._refuse(f"{name} cannot be read: {exc.strerror}")
-        except ValueError as exc:
+        except (ValueError, RecursionError) as exc:
             self._refuse(f"{name} is not JSON: {exc}")
         if not isinstance(parsed, dict):
             self._refuse(f"{name} is not a JSON object")

@@ -80,6 +80,11 @@ class Checkpoint(ABC):
             )
 
 
+def is_positive(value: Any) -> bool:
+    """Whether a file's value is a number above 0 that a device has, too: JSON has larger ones, and infinity."""
+    return type(value) in (int, float) and 0 < value <= float(np.finfo(np.float32).max)
+
+
 def open_checkpoint(path: Path) -> Checkpoint:
     """A ``.gguf`` file, a ``.safetensors`` file with ``config.json`` beside it, or a directory with one or the other.
 
