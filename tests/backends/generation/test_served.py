@@ -135,6 +135,18 @@ async def test_what_a_request_may_ask_for(tmp_path: Path) -> None:
         assert (await make(max_tokens=10, min_tokens=10, temperature=2.0, seed=3))[0] != greedy
 
 
+async def test_a_text_that_goes_on_begins_with_a_space_and_an_answer_does_not(tmp_path: Path) -> None:
+    """Where words have their spaces in front: what comes behind the prompt is another text than what answers it."""
+    write_language_model(tmp_path)
+    async with open_served(tmp_path) as served:
+        settings = {"max_tokens": np.array([5], np.int32), "ignore_eos": np.array([True])}
+        text = await served.make(settings | {"text_input": np.array([b"w3 w5"], object)})
+        assert text.text == words(text.ids)
+        talk = np.array([b'[{"role": "user", "content": "w3 w5"}]'], object)
+        text = await served.make(settings | {"messages": talk})
+        assert " " + text.text == words(text.ids)
+
+
 async def test_why_a_text_ends(tmp_path: Path) -> None:
     write_language_model(tmp_path)
     async with open_served(tmp_path) as served:
@@ -218,6 +230,7 @@ async def test_a_text_that_is_being_cut_is_left_at_once_and_nothing_waits_for_th
     write_language_model(tmp_path)
     monkeypatch.setattr("triton_trio.backends.jax.generation.instance.LONG", 100)
     began, go_on = trio.Event(), threading.Event()
+    ended: list[str] = []
     token = trio.lowlevel.current_trio_token()
     encode = Tokenizer.encode
 
@@ -225,6 +238,7 @@ async def test_a_text_that_is_being_cut_is_left_at_once_and_nothing_waits_for_th
         if len(text) > 100:
             token.run_sync_soon(began.set)
             go_on.wait(10)
+            ended.append(text)
         return encode(self, text)
 
     monkeypatch.setattr(Tokenizer, "encode", slow)
@@ -235,8 +249,12 @@ async def test_a_text_that_is_being_cut_is_left_at_once_and_nothing_waits_for_th
             async with trio.open_nursery() as readers:
                 readers.start_soon(served.read, request, text)
                 await began.wait()
+                (instance,) = (each for each in served.model.instances if each.batch is not None)
+                instance._backend.abandon()  # as the watchdog would
+                assert not instance._backend.availability.why
                 request.cancel(Reason.ADMIN)
                 await served.idle()
+                assert not ended  # or the thread was waited for, until it would wait no longer
                 assert (await served.make(drawn(1))).bits == alone(1)
             assert isinstance(text.error, RequestCancelled)
         finally:

@@ -57,6 +57,14 @@ def test_merges_and_the_rules_by_which_text_is_cut_first() -> None:
     assert names(make(splits="llama-bpe"), "0123") == ["0", "12", "3"]  # by threes: 012, 3
 
 
+@pytest.mark.parametrize("splits", ["llama-bpe", "llama3", "llama-v3"])
+def test_what_is_a_token_of_llama_3_needs_no_merges(splits: str) -> None:
+    """Some of its tokens are made by none."""
+    merges = [pair for pair in MERGES if pair != ("12", "3")]
+    assert names(make(splits=splits, merges=merges), "123") == ["123"]
+    assert names(make(splits="gpt-2", merges=merges), "123") == ["12", "3"]
+
+
 @given(st.text())
 def test_every_text_survives(text: str) -> None:
     assert TINY.decode(TINY.encode(text)) == text
