@@ -462,6 +462,7 @@ def test_what_cannot_be_loaded_says_why(tmp_path: Path, make: Callable[[Path], P
             "config.json: 'low_freq_factor' must be below 'high_freq_factor', 4, got 4",
         ),
         ({"eos_token_id": 96}, "config.json: 'eos_token_id': end token 96 is not among the model's 96 tokens"),
+        ({"num_hidden_layers": 100_000}, "21 tensors are too few for 100000 layers"),
         ({"eos_token_id": [7, -1]}, "config.json: 'eos_token_id': end token -1 is not among"),
     ],
 )

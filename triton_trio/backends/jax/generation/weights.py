@@ -67,12 +67,15 @@ class Checkpoint(ABC):
         """Of all tensors that are there: one that the network knows nothing of would be missing in what it says.
 
         Raises:
-          InvalidArgument: there is such a tensor.
+          InvalidArgument: there is such a tensor, or there are fewer tensors than layers.
         """
+        found = {*stored}
         layers = range(self.config.layers)
+        if self.config.layers > len(found):  # before there is a name for each: it may be any number
+            raise InvalidArgument(f"{self.path}: {len(found)} tensors are too few for {self.config.layers} layers")
         known = {self.name_of(name) for name in ("embed", "norm", "unembed")}
         known |= {self.name_of(name, layer) for name in (*WEIGHTS, *NORMS) for layer in layers}
-        for unknown in sorted({*stored} - known - {*more}):
+        for unknown in sorted(found - known - {*more}):
             if unknown.endswith(".bias"):
                 raise InvalidArgument(f"{self.path}: tensor '{unknown}': biases are not known here")
             raise InvalidArgument(
