@@ -37,6 +37,8 @@ ParameterValue = bool | int | float | str
 
 #: Responses of one decoupled request that may wait for their reader before the model is held back.
 RESPONSE_BUFFER = 8
+#: Characters of a request's ID that stand before its messages.
+LONGEST_NAME = 256
 
 _generations = itertools.count(1)
 
@@ -201,8 +203,9 @@ class InferenceRequest:
 
     @property
     def label(self) -> str:
-        """The prefix Triton puts before its messages: ``[request id: 7] ``."""
-        return f"[request id: {self.request_id or '<id_unknown>'}] "
+        """The prefix Triton puts before its messages: ``[request id: 7] ``.  An ID that is too long to read is cut."""
+        name = self.request_id or "<id_unknown>"
+        return f"[request id: {name if len(name) <= LONGEST_NAME else f'{name[:LONGEST_NAME]}...'}] "
 
     def admit(
         self, model_name: str, version: int, on_settled: Callable[[InferenceRequest, Place | None], None]

@@ -271,6 +271,28 @@ async def test_codes_and_texts(tmp_path: Path) -> None:
         await with_stub(address, client)
 
 
+async def test_an_error_of_a_request_with_a_long_id_arrives(tmp_path: Path) -> None:
+    """In a header of its length clients found nothing but a broken stream."""
+    too_long = "\N{FOX FACE}" * 100_000
+    async with serve_world(tmp_path / "models") as (_server, address):
+
+        def client(stub: GRPCInferenceServiceStub) -> None:
+            found: list[tuple[grpc.StatusCode, str]] = []
+            for request in (simple_request((1, 3), id=too_long), script_request(model=too_long)):
+                with pytest.raises(grpc.RpcError) as caught:
+                    stub.ModelInfer(request, timeout=5)
+                found.append((caught.value.code(), caught.value.details()))
+            (code, text), (unknown, name) = found
+            assert code is Code.INVALID_ARGUMENT
+            assert text.startswith(f"[request id: {too_long[:256]}...] ")
+            assert "shape" in text
+            assert unknown is Code.NOT_FOUND
+            assert name.startswith(f"Request for unknown model: '{too_long[:200]}")
+            assert name.endswith("... (cut: it had 100042 characters)")
+
+        await with_stub(address, client)
+
+
 MODEL_ERRORS: list[tuple[type[TritonError], grpc.StatusCode]] = [
     (TritonError, Code.UNKNOWN),
     (InternalError, Code.INTERNAL),

@@ -16,12 +16,13 @@ from typing import TYPE_CHECKING, Any
 import trio
 from grpclib.const import Status
 from grpclib.exceptions import GRPCError
-from grpclib.metadata import encode_bin_value, encode_grpc_message
+from grpclib.metadata import encode_bin_value
 
 from ..errors import TritonError
 from ..scopes import Reason
 from .http2 import ErrorCode, Http2Connection, Http2Stream
 from .http2_stream import RawHeaders
+from .metadata import encode_message
 from .server_options import ConnectionStatistics
 from .stream import Stream
 
@@ -196,7 +197,7 @@ class Connection:
             headers.append((b"content-type", self.server.content_type))
         if status is not None:
             headers.append((b"grpc-status", b"%d" % status.value))
-            headers.append((b"grpc-message", encode_grpc_message(message).encode("ascii")))
+            headers.append((b"grpc-message", encode_message(message)))
         stream = _Rejected(http2, stream_id)
         stream.remote_ended = end
         stream.send_headers(headers, end_stream=True)

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import trio
 from grpclib.const import Handler, Status
 from grpclib.exceptions import GRPCError, ProtocolError
-from grpclib.metadata import Deadline, encode_grpc_message, encode_metadata
+from grpclib.metadata import Deadline, encode_metadata
 from multidict import MultiDict
 
 from ..scopes import Reason
 from .framing import ACCEPT_ENCODING, MessageStream
 from .http2 import Http2Connection
 from .http2_stream import RawHeaders
-from .metadata import decode_metadata
+from .metadata import decode_metadata, encode_message
 
 if TYPE_CHECKING:
     from .connection import Connection, Peer
@@ -269,7 +269,7 @@ class Stream(MessageStream, Generic[RecvT, SendT]):
         trailers: list[tuple[bytes, bytes]] = [] if self._responded else list(self.method.headers)
         trailers.append((b"grpc-status", b"%d" % status.value))
         if message is not None:
-            trailers.append((b"grpc-message", encode_grpc_message(message).encode("ascii")))
+            trailers.append((b"grpc-message", encode_message(message)))
         if details is not None:
             trailers.extend(self._connection.encode_details(status, message, details))
         if status is Status.UNIMPLEMENTED:
