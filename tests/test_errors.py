@@ -57,11 +57,16 @@ async def test_a_cancel_goes_through() -> None:
     assert scope.cancelled_caught
 
 
-async def test_a_model_that_panics_fails_its_request_and_the_server_goes_on(serve: Serve) -> None:
+@pytest.mark.parametrize(
+    "exc", [PanicException("index out of bounds"), SystemExit("no licence")], ids=["panic", "exit"]
+)
+async def test_a_model_that_would_end_the_process_fails_its_request_and_the_server_goes_on(
+    serve: Serve, exc: BaseException
+) -> None:
     backend = ScriptedBackend()
 
     def panic() -> None:
-        raise PanicException("index out of bounds")
+        raise exc
 
     async with serve({"m": scripted_config()}, backend) as server:
         async with calling(server.model("m")) as callers:
@@ -70,7 +75,7 @@ async def test_a_model_that_panics_fails_its_request_and_the_server_goes_on(serv
             execution.call(panic)
             await first.ended.wait()
             assert isinstance(first.error, InternalError)
-            assert first.error.message == "model 'm' failed: PanicException: index out of bounds"
+            assert first.error.message == f"model 'm' failed: {type(exc).__name__}: {exc}"
             (await backend.wait_execution(1)).finish()
         assert second.outcome is Outcome.OK
 

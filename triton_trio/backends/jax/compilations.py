@@ -8,14 +8,45 @@ compilation under way, which is kept.
 
 from __future__ import annotations
 
-import copy
 import traceback
 from collections.abc import Awaitable, Callable, Hashable
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
 
 import trio
 
 from ...errors import InternalError, TritonError, Unavailable, no_panic
 from ...scopes import BatchScope, Reason
+
+#: What an exception may be made of to be made anew; anything else may be an array.
+_PLAIN = (str, int, float, bytes, type(None))
+
+
+@dataclass(frozen=True, slots=True)
+class _Failure:
+    """How a compilation failed.  Not the exception itself, whose frames have arguments and tracers in them."""
+
+    kind: type[BaseException]
+    args: tuple[Any, ...]
+    note: str  #: where it came from, for the log
+
+    @classmethod
+    def of(cls, exc: BaseException, name: str) -> _Failure:
+        """Of the same type, if that can be made anew from what it has; else of :exc:`InternalError`."""
+        note = "" if isinstance(exc, TritonError) else f"It came from\n{''.join(traceback.format_exception(exc))}"
+        found = cls(type(exc), exc.args, note)
+        if all(isinstance(one, _PLAIN) for one in exc.args):
+            with suppress(Exception):  # some take other arguments than they keep
+                if found.anew().args == exc.args:
+                    return found
+        return cls(InternalError, (f"{name}: compilation failed: {type(exc).__name__}: {exc}",), note)
+
+    def anew(self) -> BaseException:
+        exc = self.kind(*self.args)
+        if self.note:
+            exc.add_note(self.note)
+        return exc
 
 
 class _Shared:
@@ -24,7 +55,7 @@ class _Shared:
     def __init__(self) -> None:
         self.waiters: BatchScope[object] = BatchScope()
         self.done = trio.Event()
-        self.error: BaseException | None = None
+        self.failure: _Failure | None = None
 
 
 class Compilations:
@@ -73,30 +104,18 @@ class Compilations:
                 shared.waiters.discard(waiter)
             else:
                 shared.waiters.leave(waiter, Reason.CALLER)
-        if shared.error is not None:
-            raise copy.copy(shared.error)
+        if shared.failure is not None:
+            raise shared.failure.anew()
 
     async def _run(self, key: Hashable, shared: _Shared, compile_all: Callable[[], Awaitable[None]]) -> None:
-        error: BaseException | None = Unavailable(f"{self._name} is being unloaded")
+        failure: _Failure | None = _Failure(Unavailable, (f"{self._name} is being unloaded",), "")
         try:
             with shared.waiters.cancel_scope, no_panic(f"{self._name}: compilation failed"):
                 await compile_all()
-                error = None
+                failure = None
         except (Exception, SystemExit) as exc:  # noqa: BLE001  # whatever the author's function raises
-            error = self._without_frames(exc)
+            failure = _Failure.of(exc, self._name)
         finally:
-            shared.error = error
+            shared.failure = failure
             del self._running[key]
             shared.done.set()
-
-    def _without_frames(self, exc: BaseException) -> BaseException:
-        """The same again, without what is in the frames that it came through; in the log, those are a note."""
-        try:
-            again = copy.copy(exc)
-        except Exception:  # noqa: BLE001  # some take other arguments than they keep
-            again = None
-        if type(again) is not type(exc) or again.args != exc.args:
-            again = InternalError(f"{self._name}: compilation failed: {type(exc).__name__}: {exc}")
-        if not isinstance(exc, TritonError):
-            again.add_note(f"It came from\n{''.join(traceback.format_exception(exc))}")
-        return again
